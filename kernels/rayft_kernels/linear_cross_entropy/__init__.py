@@ -1,0 +1,1 @@
+"""Cross entropy, log-probability and entropy from hidden states, without materialised logits."""

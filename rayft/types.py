@@ -1,0 +1,209 @@
+"""The records and protocols that rooms hand to each other. Importable without torch, ray, vllm or transformers.
+
+Shape letters: T packed tokens of one micro-batch on one rank, D documents in it, H hidden size, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Need = Literal["weighted_nll", "logprobs"]
+Metrics = dict[str, "Tensor"]
+"""Name -> scalar tensor, a *sum* over this rank's tokens. `observe.metrics` says how each is reduced and divided."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One packed micro-batch of one rank, for every method (SFT, preference, RL, multimodal).
+
+    Documents lie end to end; position t predicts `targets[t]`, the next token of the same document, and counts with
+    `loss_weights[t]`. A position without a target (the last of its document, padding) has weight 0 and target 0.
+
+    Attributes:
+        tokens: int64 [T].
+        positions: int64 [T], restart at 0 in every document.
+        cu_seqlens: int32 [capacity + 1], document boundaries, padded to a fixed capacity by repeating T.
+        targets: int64 [T].
+        loss_weights: float32 [T].
+        trained: int64 [M], the positions with a non-zero weight, ascending; M is known on the host.
+        row_keys: int64 [T], (row id << 24) + offset in the row: names each token independently of batching, for randomness.
+        source_ids: int32 [T], index of the dataset that each position came from.
+        document_lengths: the D lengths on the host; they sum to T.
+        step: the optimizer step the micro-batch belongs to.
+        rollout_logprobs, ref_logprobs, advantages: float32 [T], for RL and preference losses.
+        versions: int32 [T], policy version of each completion token.
+        multimodal: extra tensors by name, passed to the model's forward.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    targets: Tensor
+    loss_weights: Tensor
+    trained: Tensor
+    row_keys: Tensor
+    source_ids: Tensor
+    document_lengths: tuple[int, ...]
+    step: int = 0
+    rollout_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    advantages: Tensor | None = None
+    versions: Tensor | None = None
+    multimodal: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on `device`; copies are asynchronous from pinned memory."""
+        moved: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if hasattr(value, "to"):
+                moved[name] = value.to(device, non_blocking=True)
+            elif name == "multimodal":
+                moved[name] = {key: tensor.to(device, non_blocking=True) for key, tensor in value.items()}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What `model.score` returns for a batch: never logits.
+
+    Attributes:
+        nll_sum: float32 scalar, sum over t of loss_weights[t] * -log p(targets[t]); for need="weighted_nll".
+        logprobs: float32 [M], log p(targets[t]) at the positions `batch.trained`; for need="logprobs".
+        entropy: float32 [M], entropy of the next-token distribution there; for need="logprobs".
+    """
+
+    nll_sum: Tensor | None = None
+    logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+class Scorer(Protocol):
+    """A model ready for the step: body and head run inside the FSDP root's forward."""
+
+    def score(self, batch: Batch, need: Need) -> Terms: ...
+
+
+class LossFn(Protocol):
+    """A pure loss: returns the *sum* over the batch's tokens (never a mean) and metrics, which are sums too.
+
+    The step divides once by the global count, so micro-batches, packing and world size cannot change the value.
+    """
+
+    def __call__(self, terms: Terms, batch: Batch) -> tuple[Tensor, Metrics]: ...
+
+
+@dataclass(frozen=True)
+class Session:
+    """All that a worker needs to know of whoever runs it: Ray Train, or this very process (`--local`).
+
+    Attributes:
+        rank, world_size, local_rank: place in the group.
+        device: "cpu" or "cuda:N".
+        run_dir: the run's directory, on storage that every node sees.
+        restored: directory of the newest committed checkpoint, or None.
+        report: `report(metrics, directory, finish)`; every rank calls it at the same step. `finish()` runs off the
+            training thread, waits until the directory is complete, and raises if it could not be written; only then
+            does the checkpoint count as committed.
+        deadline_s: longest time that any wait between ranks may take.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: str
+    run_dir: Path
+    restored: Path | None
+    report: Callable[[dict[str, float], Path, Callable[[], None]], None]
+    deadline_s: float
+
+
+@dataclass(frozen=True)
+class Fix:
+    """A correction of one model family, applied to an instance and verified.
+
+    Attributes:
+        name: short name, unique in its family.
+        why: what goes wrong without it.
+        where: module or attribute that it touches.
+        upstream: issue or pull request that will make it unnecessary.
+        remove_when: version rule, such as "transformers >= 5.30".
+        apply: changes the instance.
+        check: True once the instance shows the effect.
+    """
+
+    name: str
+    why: str
+    where: str
+    upstream: str
+    remove_when: str
+    apply: Callable[[Any], None]
+    check: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What rayft must know of a model family beyond what its Hugging Face class tells.
+
+    Attributes:
+        model_types: values of `config.model_type` that it covers.
+        layers: dotted path of the list of decoder layers, the unit of FSDP, checkpointing and compile.
+        unsupported: feature -> reason; asking for the feature raises the reason.
+        fixes: corrections applied by `models.patch`.
+    """
+
+    model_types: tuple[str, ...]
+    layers: str = "model.layers"
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    fixes: tuple[Fix, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished generation, tokens in, tokens out.
+
+    Attributes:
+        tokens: the generated ids.
+        logprobs: log-probability of each under the sampling distribution.
+        versions: policy version "attempt.step" that produced each token, run-length encoded as (version, first, end).
+        finish_reason: "stop", "length" or "abort".
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    versions: tuple[tuple[str, int, int], ...]
+    finish_reason: str
+
+
+class Engine(Protocol):
+    """A generation engine of the rollout pool (vLLM, or a small in-process one for tests)."""
+
+    def generate(
+        self, request_id: str, prompt: Sequence[int], *, max_tokens: int, temperature: float, top_p: float, seed: int
+    ) -> AsyncIterator[Completion]: ...
+
+    async def pause(self) -> None: ...
+
+    async def resume(self) -> None: ...
+
+    async def receive(self, version: str, push: Mapping[str, Any]) -> None: ...
+
+    async def version(self) -> str: ...
+
+
+class Reward(Protocol):
+    """Scores one completion; `row` holds the dataset's columns. Raises when it cannot score: never a silent zero."""
+
+    def __call__(self, prompt: str, completion: str, row: Mapping[str, Any]) -> float: ...
+
+
+class Callback(Protocol):
+    """A user's hook on a named event of the trainer. It runs on every rank and may raise to stop the run."""
+
+    def __call__(self, event: str, state: Mapping[str, Any]) -> None: ...
