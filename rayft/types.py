@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from rayft.config.functions import UserFunction
+    from rayft.config.schema import SftRun
+
 Need = Literal["weighted_nll", "logprobs"]
 Metrics = dict[str, "Tensor"]
 """Name -> scalar tensor, a *sum* over this rank's tokens. `observe.metrics` says how each is reduced and divided."""
@@ -36,6 +39,7 @@ class Batch:
         row_keys: int64 [T], (row id << 24) + offset in the row: names each token independently of batching, for randomness.
         source_ids: int32 [T], index of the dataset that each position came from.
         document_lengths: the D lengths on the host; they sum to T.
+        num_tokens: tokens that are not padding, on the host.
         step: the optimizer step the micro-batch belongs to.
         rollout_logprobs, ref_logprobs, advantages: float32 [T], for RL and preference losses.
         versions: int32 [T], policy version of each completion token.
@@ -51,6 +55,7 @@ class Batch:
     row_keys: Tensor
     source_ids: Tensor
     document_lengths: tuple[int, ...]
+    num_tokens: int
     step: int = 0
     rollout_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
@@ -107,7 +112,6 @@ class Session:
         rank, world_size, local_rank: place in the group.
         device: "cpu" or "cuda:N".
         run_dir: the run's directory, on storage that every node sees.
-        restored: directory of the newest committed checkpoint, or None.
         report: `report(metrics, directory, finish)`; every rank calls it at the same step. `finish()` runs off the
             training thread, waits until the directory is complete, and raises if it could not be written; only then
             does the checkpoint count as committed.
@@ -119,9 +123,41 @@ class Session:
     local_rank: int
     device: str
     run_dir: Path
-    restored: Path | None
     report: Callable[[dict[str, float], Path, Callable[[], None]], None]
     deadline_s: float
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that a worker is started with; picklable, complete before anything is placed.
+
+    Attributes:
+        cfg: the run.
+        run_dir: absolute.
+        train_shards, eval_shards: directories of packed shards.
+        identity: facts by name that a checkpoint must share to be resumed: digests of shards and base weights.
+        total_steps: length of the schedule.
+        device_type: "cpu" or "cuda".
+        local: the worker is this process, without Ray.
+        callbacks: the run's user functions, resolved.
+        attempt: number of this start of the run, from 1.
+    """
+
+    cfg: SftRun
+    run_dir: Path
+    train_shards: Path
+    eval_shards: Path | None
+    identity: Mapping[str, str]
+    total_steps: int
+    device_type: str
+    local: bool
+    callbacks: tuple[UserFunction, ...] = ()
+    attempt: int = 0
+
+    @property
+    def last_step(self) -> int:
+        """The step that this command stops after."""
+        return min(self.total_steps, self.cfg.run.stop_at or self.total_steps)
 
 
 @dataclass(frozen=True)

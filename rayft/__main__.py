@@ -1,0 +1,5 @@
+"""`python -m rayft`."""
+
+from rayft.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,109 @@
+"""What a run needs of the cluster, whether the cluster has it, and the connection to it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from rayft.config.schema import Parallel
+from rayft.errors import ResourceError
+
+DATA_CPUS = 1
+"""CPUs that workers leave to Ray Data: without one, its tasks and the training that waits for them never start."""
+
+LOCAL_CPUS = 4
+"""Least CPUs that a cluster started here claims to have; on 2, workers and Ray Data wait for each other for ever."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a run needs of the cluster.
+
+    Attributes:
+        workers: training processes.
+        gpus: GPUs of all workers together.
+        cpus: CPUs of all workers and of Ray Data together.
+    """
+
+    workers: int
+    gpus: int
+    cpus: int
+
+
+def resolve_device(parallel: Parallel, resources: Mapping[str, float]) -> str:
+    """"cpu" or "cuda": as configured, and for auto on GPUs when the cluster has any."""
+    if parallel.device != "auto":
+        return parallel.device
+    return "cuda" if resources.get("GPU", 0) >= 1 else "cpu"
+
+
+def worker_resources(parallel: Parallel, device: str) -> dict[str, float]:
+    """What Ray reserves for one worker: a GPU or none, and CPUs as configured, which is none beside a GPU and one without."""
+    cpus = parallel.cpus_per_worker if parallel.cpus_per_worker is not None else int(device == "cpu")
+    return {"CPU": float(cpus)} | ({"GPU": 1.0} if device == "cuda" else {})
+
+
+def need_of(parallel: Parallel, device: str) -> Need:
+    """Sum up the workers, and what they leave to Ray Data."""
+    workers, each = parallel.workers, worker_resources(parallel, device)
+    return Need(workers, gpus=workers * int(each.get("GPU", 0)), cpus=workers * int(each["CPU"]) + DATA_CPUS)
+
+
+def check_cluster(need: Need, resources: Mapping[str, float]) -> None:
+    """Refuse a run that the cluster can never place.
+
+    Args:
+        need: of the run.
+        resources: totals as `ray.cluster_resources()` gives them.
+
+    Raises:
+        ResourceError: telling what is missing.
+    """
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    if need.gpus > gpus:
+        remedy = f"Set parallel.workers = {gpus}, with the same result, or add GPUs" if gpus else "Set parallel.device = cpu, or add GPUs"
+        raise ResourceError("parallel.workers", need.workers, f"needs {_count(need.gpus, 'GPU')}, the cluster has {gpus}", remedy)
+    if need.cpus > cpus:
+        raise ResourceError(
+            "parallel.workers", need.workers,
+            f"needs {_count(need.cpus, 'CPU')}, {DATA_CPUS} of them for Ray Data, the cluster has {cpus}",
+            "Lower parallel.workers, with the same result, or parallel.cpus_per_worker, or add nodes",
+        )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def start_ray(environ: Mapping[str, str], *, log_to_driver: bool = True) -> None:
+    """Connect to the cluster that `environ` points at (a Ray job, RAY_ADDRESS), or start one on this machine.
+
+    Does nothing when this process is connected already.
+    """
+    import ray
+
+    from rayft.config.environment import in_ray_job
+
+    if ray.is_initialized():
+        return
+    if in_ray_job(environ):
+        ray.init()
+    else:
+        ray.init(num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1), include_dashboard=False, log_to_driver=log_to_driver)
+
+
+def derive_steps(num_rows: int, rows: int, epochs: float, max_steps: int | None) -> int:
+    """Optimizer steps of the run: max_steps, else those that `epochs` passes over `num_rows` rows take, the last one filled up.
+
+    Args:
+        num_rows: packed training rows.
+        rows: packed rows in a step.
+        epochs: passes, as written: 1.1 times 100 rows is 110, not a little more.
+        max_steps: run.max_steps.
+    """
+    if max_steps is not None:
+        return max_steps
+    return math.ceil(Fraction(str(epochs)) * num_rows / rows)

@@ -1,0 +1,239 @@
+"""What a run may not combine: one small function per rule, each refusal naming field, value, rule and remedy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rayft.config.functions import FORM, SPEC
+from rayft.config.schema import Adapter, Dataset, SftRun
+from rayft.errors import ConfigError
+
+Refusals = Iterator[ConfigError]
+
+SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+ROW_OFFSETS = 1 << 24  # a token's key is (row id << 24) + its offset in the row
+SHARD_TOKENS = 1 << 31  # Arrow counts the elements of a list column in 32 bits
+COLUMNS = {
+    "chat": ("messages", "role", "content", "roles"),
+    "instruction": ("instruction", "input", "output", "system"),
+    "text": ("text",),
+}
+"""Format -> the fields of a dataset that only this format reads."""
+
+
+def combine(problems: Sequence[ConfigError]) -> ConfigError:
+    """One error that lists all problems, one a line; a single problem stays as it is."""
+    if len(problems) == 1:
+        return problems[0]
+    lines = "".join(f"\n  {problem}" for problem in problems)
+    remedy = problems[-1].remedy  # the sentence of the whole ends as its last line does
+    return ConfigError("configuration", None, f"{len(problems)} settings are refused{lines.removesuffix(f'. {remedy}.')}", remedy)
+
+
+def check(cfg: SftRun) -> None:
+    """Applies every rule.
+
+    Raises:
+        ConfigError: lists every refusal.
+    """
+    problems = [problem for rule in RULES for problem in rule(cfg)]
+    if problems:
+        raise combine(problems)
+
+
+def text_is_not_empty(cfg: SftRun) -> Refusals:
+    for field, text in _texts("", cfg.model_dump()):
+        if not text.strip():
+            yield ConfigError(field, text, "must not be empty", "Give a value, or remove the key to take its default")
+
+
+def source_names_can_be_addressed(cfg: SftRun) -> Refusals:
+    """They are used in overrides, metric names and file names."""
+    for field, _ in _sources(cfg):
+        name = field.split(".", 2)[2]
+        if not SOURCE_NAME.fullmatch(name):
+            yield ConfigError(field, None, "the name of a source is made of letters, digits, - and _", "Rename the source")
+
+
+def columns_belong_to_the_format(cfg: SftRun) -> Refusals:
+    for field, source in _sources(cfg):
+        for form, columns in COLUMNS.items():
+            for column in _changed(source, columns) if form != source.format else ():
+                rule = f"is read only by format {form}, and this source has format {source.format}"
+                yield ConfigError(f"{field}.{column}", getattr(source, column), rule, f"Set {field}.format to {form}, or remove the key")
+
+
+def role_and_content_differ(cfg: SftRun) -> Refusals:
+    for field, source in _sources(cfg):
+        if source.format == "chat" and source.role == source.content:
+            yield ConfigError(f"{field}.content", source.content, f"is also the key of {field}.role", "Name the key that holds the text")
+
+
+def roles_are_trained(cfg: SftRun) -> Refusals:
+    has_turns = any(source.format != "text" for source in cfg.data.train.values())
+    if has_turns and not cfg.data.roles_to_train and not cfg.data.train_on_inputs:
+        yield ConfigError("data.roles_to_train", [], "leaves nothing to train on", "Name a role, or set data.train_on_inputs to true")
+
+
+def rows_are_long_enough(cfg: SftRun) -> Refusals:
+    if cfg.data.seq_len < 2:
+        yield ConfigError("data.seq_len", cfg.data.seq_len, "a row needs two tokens, one to predict the other", "Set it to 2 or more")
+    if cfg.data.seq_len > ROW_OFFSETS:
+        yield ConfigError("data.seq_len", cfg.data.seq_len, "is more than a row can hold", f"Use at most {ROW_OFFSETS}")
+
+
+def shards_fit(cfg: SftRun) -> Refusals:
+    if cfg.data.shard_rows * cfg.data.seq_len >= SHARD_TOKENS:
+        rule = f"times data.seq_len = {cfg.data.seq_len} is over the {SHARD_TOKENS - 1} tokens of a shard"
+        yield ConfigError("data.shard_rows", cfg.data.shard_rows, rule, f"Use at most {(SHARD_TOKENS - 1) // cfg.data.seq_len}")
+
+
+def packing_has_a_choice(cfg: SftRun) -> Refusals:
+    if cfg.data.pack and cfg.data.pack_window < 2:
+        rule = "packs each document alone"
+        yield ConfigError("data.pack_window", cfg.data.pack_window, rule, "Use 2 or more, or set data.pack to false")
+
+
+def micro_rows_fit(cfg: SftRun) -> Refusals:
+    batch = cfg.batch
+    if batch.micro_rows > batch.rows:
+        rule = f"is more than batch.rows = {batch.rows}, the rows of a whole step"
+        yield ConfigError("batch.micro_rows", batch.micro_rows, rule, f"Use {batch.rows} or less")
+
+
+def run_ends_within_its_schedule(cfg: SftRun) -> Refusals:
+    run = cfg.run
+    if run.stop_at is not None and run.max_steps is not None and run.stop_at > run.max_steps:
+        rule = f"is after the last step, run.max_steps = {run.max_steps}"
+        yield ConfigError("run.stop_at", run.stop_at, rule, "Raise run.max_steps, or remove run.stop_at")
+
+
+def evaluation_has_sources(cfg: SftRun) -> Refusals:
+    if not cfg.data.eval:
+        for name in _changed(cfg.eval, tuple(type(cfg.eval).model_fields)):
+            rule = "has nothing to evaluate on"
+            yield ConfigError(f"eval.{name}", getattr(cfg.eval, name), rule, f"Add a source under data.eval, or remove eval.{name}")
+
+
+def warmup_fits(cfg: SftRun) -> Refusals:
+    """An integer counts steps and a number with a point is a fraction, so 1 and 1.0 mean different things."""
+    warmup, last = cfg.optim.warmup, cfg.run.max_steps
+    if isinstance(warmup, float) and warmup >= 1:
+        yield ConfigError("optim.warmup", warmup, "a fraction of all steps must be below 1", "Write 1, without a point, for one step")
+    if isinstance(warmup, int) and last is not None and warmup > last:
+        yield ConfigError("optim.warmup", warmup, f"is longer than the run, run.max_steps = {last}", f"Use at most {last} steps")
+
+
+def moments_decay(cfg: SftRun) -> Refusals:
+    for name in ("beta1", "beta2"):
+        if getattr(cfg.optim, name) == 1:
+            yield ConfigError(f"optim.{name}", 1.0, "must be below 1, or the moment never takes a gradient in", "Use a value such as 0.95")
+
+
+def min_lr_has_a_schedule(cfg: SftRun) -> Refusals:
+    if cfg.optim.schedule == "constant" and cfg.optim.min_lr_ratio > 0:
+        rule = "has no effect with optim.schedule constant"
+        yield ConfigError("optim.min_lr_ratio", cfg.optim.min_lr_ratio, rule, "Remove it, or use the cosine or linear schedule")
+
+
+def adapter_is_asked_for(cfg: SftRun) -> Refusals:
+    """Settings of an adapter without its type would train every weight; `type: none` written beside them is a choice."""
+    if cfg.adapter.type != "none":
+        return
+    silent = "type" not in cfg.adapter.model_fields_set
+    for name in _changed(cfg.adapter, tuple(Adapter.model_fields)) if silent else _changed(cfg.adapter, ("modules_to_save",)):
+        rule = "needs an adapter, and adapter.type is none"
+        yield ConfigError(f"adapter.{name}", getattr(cfg.adapter, name), rule, "Set adapter.type to lora, or remove the key")
+
+
+def adapter_dropout_keeps_something(cfg: SftRun) -> Refusals:
+    if cfg.adapter.dropout == 1:
+        yield ConfigError("adapter.dropout", 1.0, "drops every input, so the adapter learns nothing", "Use a value below 1")
+
+
+def adapter_targets_can_match(cfg: SftRun) -> Refusals:
+    targets = cfg.adapter.targets
+    if targets == ():
+        yield ConfigError("adapter.targets", [], "names no module", "Use all-linear, or name the modules")
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            yield ConfigError("adapter.targets", targets, f"is not a regular expression: {error}", "Correct it, or give a list of names")
+
+
+def adapter_has_weights_below(cfg: SftRun) -> Refusals:
+    if cfg.model.init == "random" and cfg.adapter.type == "lora":
+        rule = "leaves a LoRA adapter on weights that mean nothing and stay frozen"
+        yield ConfigError("model.init", "random", rule, "Use model.init pretrained, or adapter.type none")
+
+
+def merge_has_an_adapter(cfg: SftRun) -> Refusals:
+    if cfg.export.merge and cfg.adapter.type == "none":
+        yield ConfigError("export.merge", True, "there is no adapter to merge", "Set adapter.type to lora, or export.merge to false")
+    if cfg.export.merge and not cfg.export.at_end:
+        yield ConfigError("export.merge", True, "nothing is exported, as export.at_end is false", "Set export.at_end to true")
+
+
+def callbacks_are_named(cfg: SftRun) -> Refusals:
+    for number, name in enumerate(cfg.run.callbacks):
+        if not SPEC.fullmatch(name):
+            yield ConfigError(f"run.callbacks.{number}", name, FORM, "Name one function, such as ./hooks.py:on_step")
+
+
+def attention_runs_on_the_device(cfg: SftRun) -> Refusals:
+    if cfg.parallel.device == "cpu" and cfg.parallel.attention == "flex":
+        yield ConfigError("parallel.attention", "flex", "flex attention has no backward on CPUs", "Use auto or sdpa")
+
+
+RULES: tuple[Callable[[SftRun], Refusals], ...] = (
+    text_is_not_empty,
+    source_names_can_be_addressed,
+    columns_belong_to_the_format,
+    role_and_content_differ,
+    roles_are_trained,
+    rows_are_long_enough,
+    shards_fit,
+    packing_has_a_choice,
+    micro_rows_fit,
+    run_ends_within_its_schedule,
+    evaluation_has_sources,
+    warmup_fits,
+    moments_decay,
+    min_lr_has_a_schedule,
+    adapter_is_asked_for,
+    adapter_dropout_keeps_something,
+    adapter_targets_can_match,
+    adapter_has_weights_below,
+    merge_has_an_adapter,
+    callbacks_are_named,
+    attention_runs_on_the_device,
+)
+"""Applied in this order."""
+
+
+def _sources(cfg: SftRun) -> Iterator[tuple[str, Dataset]]:
+    """Every source with its dotted name."""
+    for kind, sources in (("train", cfg.data.train), ("eval", cfg.data.eval)):
+        for name, source in sources.items():
+            yield f"data.{kind}.{name}", source
+
+
+def _changed(section: Any, names: Sequence[str]) -> list[str]:
+    """Those of the named fields that differ from their default."""
+    fields = type(section).model_fields
+    return [name for name in names if getattr(section, name) != fields[name].get_default(call_default_factory=True)]
+
+
+def _texts(field: str, value: object) -> Iterator[tuple[str, str]]:
+    """Every text in a value, with its dotted name."""
+    if isinstance(value, str):
+        yield field, value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _texts(f"{field}.{name}".lstrip("."), item)
+    elif isinstance(value, tuple):
+        for number, item in enumerate(value):
+            yield from _texts(f"{field}.{number}", item)

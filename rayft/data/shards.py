@@ -1,0 +1,333 @@
+"""Packed rows on disk: their schema, their key, and the order of writes that makes a half-written folder harmless.
+
+A folder holds the shards of one split. Every file appears by rename, in this order: a unit's shards, the unit's sidecar
+(its commit mark), and, when all units are there, `manifest.json`. Bytes depend on the data, the settings in the key and
+the version of pyarrow only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from rayft.data.sources import resolve_files
+from rayft.errors import DataError
+
+if TYPE_CHECKING:
+    from rayft.config.schema import SftRun
+    from rayft.data.formats import Document
+
+DATA_VERSION = 1
+"""Version of what is written: raise it when the same input gives other shards."""
+
+MANIFEST = "manifest.json"
+WHOLE_FILE = 64_000_000
+"""Files up to this many bytes are identified by all their content, larger ones by their ends and their date."""
+ENDS = 1_000_000
+
+NOT_IN_KEY = {"train", "eval", "shuffle", "window", "actors", "cache_dir"}
+"""Fields of the data section that change no byte of a shard; the datasets enter the key on their own."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One parquet file of packed rows.
+
+    Attributes:
+        name: file name.
+        rows, documents: what it holds.
+        tokens: tokens of the documents, padding not counted.
+        trained_tokens: tokens that are predicted with a non-zero weight.
+        max_documents: most documents in one of its rows.
+        bytes, sha256: size and hash of the file.
+    """
+
+    name: str
+    rows: int
+    documents: int
+    tokens: int
+    trained_tokens: int
+    max_documents: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class UnitSummary:
+    """What became of a unit; its sidecar.
+
+    Attributes:
+        index: the unit's place in the plan.
+        source: name of the dataset.
+        rows_read: rows of the input.
+        dropped: reason -> input rows left out for it.
+        shards: the shards written, in order.
+    """
+
+    index: int
+    source: str
+    rows_read: int
+    dropped: dict[str, int]
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a complete folder holds.
+
+    Attributes:
+        version: DATA_VERSION of the writer.
+        key: the folder's key, see `shard_key`.
+        split: "train" or "eval".
+        seq_len: tokens in a row.
+        tokenizer: fingerprint of the tokenizer.
+        chat_template: text of the template that rendered the chats, None when the tokenizer has none.
+        data: the data section of the run that wrote it.
+        totals: rows, documents, tokens, trained_tokens, max_documents over all shards, and rows_read of the input.
+        dropped: dataset -> reason -> input rows left out for it.
+        shards: in the order of the plan; the id of a row is its place in their concatenation.
+    """
+
+    version: int
+    key: str
+    split: str
+    seq_len: int
+    tokenizer: str
+    chat_template: str | None
+    data: Mapping[str, Any]
+    totals: Mapping[str, int]
+    dropped: Mapping[str, Mapping[str, int]]
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A shard in memory.
+
+    Attributes:
+        tokens: int32 [rows, seq_len].
+        loss_weights: float32 [rows, seq_len], the weight of predicting each token.
+        lengths: int32 [documents of all rows]; those of a row sum to seq_len.
+        source_ids: int32 [documents of all rows].
+        offsets: int32 [rows + 1], where a row's documents lie in the two above.
+        num_tokens: int32 [rows], tokens before the padding.
+    """
+
+    tokens: NDArray[np.int32]
+    loss_weights: NDArray[np.float32]
+    lengths: NDArray[np.int32]
+    source_ids: NDArray[np.int32]
+    offsets: NDArray[np.int32]
+    num_tokens: NDArray[np.int32]
+
+
+def schema(seq_len: int) -> pa.Schema:
+    """Arrow schema v1 of a shard; nothing in it can be null."""
+
+    def column(name: str, value: pa.DataType, size: int = -1) -> pa.Field:
+        return pa.field(name, pa.list_(pa.field("element", value, nullable=False), size), nullable=False)
+
+    return pa.schema(
+        [
+            column("tokens", pa.int32(), seq_len),
+            column("loss_weights", pa.float32(), seq_len),
+            column("lengths", pa.int32()),
+            column("source_ids", pa.int32()),
+            pa.field("num_tokens", pa.int32(), nullable=False),
+        ]
+    )
+
+
+def shard_key(cfg: SftRun, split: Literal["train", "eval"], fingerprint: str) -> str:
+    """Hex sha256 over everything that changes the shards of a split: settings, files and tokenizer.
+
+    A dataset's path is left out: its files count by name, order and content, so that a moved corpus keeps its shards.
+
+    Raises:
+        DataError: no file matches a dataset.
+    """
+    datasets: dict[str, Any] = getattr(cfg.data, split)
+    parts = {
+        "version": DATA_VERSION,
+        "data": cfg.data.model_dump(mode="json", exclude=NOT_IN_KEY),
+        "datasets": [
+            [name, dataset.model_dump(mode="json", exclude={"path"}), [_identity(file) for file in resolve_files(name, dataset)]]
+            for name, dataset in datasets.items()
+        ],
+        "tokenizer": fingerprint,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(file: Path) -> list[str | int]:
+    """What tells a version of a file from another, without reading all of a large one."""
+    stat = file.stat()
+    with file.open("rb") as stream:
+        if stat.st_size <= WHOLE_FILE:
+            return [file.name, stat.st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
+        digest = hashlib.sha256(stream.read(ENDS))
+        stream.seek(-ENDS, os.SEEK_END)
+        digest.update(stream.read(ENDS))
+    return [file.name, stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
+
+
+@contextmanager
+def committed_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` when the block ends well and vanishes when it does not."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_strays(directory: Path) -> None:
+    """Delete the temporary files that a killed writer left."""
+    for temporary in directory.glob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+def write_shard(path: Path, rows: Sequence[Sequence[Document]], *, source_id: int, seq_len: int, pad_id: int) -> Shard:
+    """Write rows of documents as a shard.
+
+    A short row is filled with `pad_id` at weight 0, and the filling belongs to its last document, so that a row of one
+    document stays one. The first token of a document is predicted by nothing: its weight is written as 0.
+    """
+    tokens = np.full((len(rows), seq_len), pad_id, np.int32)
+    loss_weights = np.zeros((len(rows), seq_len), np.float32)
+    lengths: list[list[int]] = []
+    num_tokens: list[int] = []
+    for row, documents in enumerate(rows):
+        end = 0
+        for document in documents:
+            start, end = end, end + len(document.tokens)
+            tokens[row, start:end] = document.tokens
+            loss_weights[row, start + 1 : end] = document.loss_weights[1:]
+        lengths.append([len(document.tokens) for document in documents])
+        lengths[-1][-1] += seq_len - end
+        num_tokens.append(end)
+    layout = schema(seq_len)
+    columns = [
+        pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), type=layout.field("tokens").type),
+        pa.FixedSizeListArray.from_arrays(pa.array(loss_weights.reshape(-1)), type=layout.field("loss_weights").type),
+        pa.array(lengths, layout.field("lengths").type),
+        pa.array([[source_id] * len(documents) for documents in rows], layout.field("source_ids").type),
+        pa.array(num_tokens, layout.field("num_tokens").type),
+    ]
+    with committed_file(path) as temporary:
+        pq.write_table(pa.table(columns, schema=layout), temporary, compression="zstd", compression_level=3, version="2.6")
+        with temporary.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        size = temporary.stat().st_size
+    counts = [len(documents) for documents in rows]
+    return Shard(path.name, len(rows), sum(counts), sum(num_tokens), int(np.count_nonzero(loss_weights)), max(counts), size, digest)
+
+
+def read_shard(directory: Path, shard: Shard, seq_len: int) -> Columns:
+    """Read and decode a shard, after checking that it is the one that was written.
+
+    Raises:
+        DataError: the file is missing or its content is not what the manifest says.
+    """
+    verify(directory, [shard])
+    content = (directory / shard.name).read_bytes()
+    if hashlib.sha256(content).hexdigest() != shard.sha256:
+        raise _broken(directory, shard.name, "its content is not what was written")
+    table = pq.read_table(pa.BufferReader(content), schema=schema(seq_len), use_threads=False).combine_chunks()
+    column = {name: table.column(name).chunk(0) for name in table.column_names}
+    return Columns(
+        tokens=column["tokens"].values.to_numpy().reshape(shard.rows, seq_len),
+        loss_weights=column["loss_weights"].values.to_numpy().reshape(shard.rows, seq_len),
+        lengths=column["lengths"].values.to_numpy(),
+        source_ids=column["source_ids"].values.to_numpy(),
+        offsets=column["lengths"].offsets.to_numpy(),
+        num_tokens=column["num_tokens"].to_numpy(),
+    )
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether the folder has been committed."""
+    return (directory / MANIFEST).exists()
+
+
+def verify(directory: Path, shards: Iterable[Shard]) -> None:
+    """Check that every shard is there in its full size; content is checked by `read_shard`, when it is read anyway.
+
+    Raises:
+        DataError: naming the first shard that is not.
+    """
+    for shard in shards:
+        flaw = _flaw(directory, shard)
+        if flaw is not None:
+            raise _broken(directory, shard.name, flaw)
+
+
+def write_unit(directory: Path, summary: UnitSummary) -> None:
+    """Commit a unit: write its sidecar. Its shards must be in place."""
+    with committed_file(directory / _sidecar(summary.index)) as temporary:
+        temporary.write_text(json.dumps(asdict(summary), indent=1))
+
+
+def read_unit(directory: Path, index: int) -> UnitSummary | None:
+    """The summary of a committed unit; None when it was not committed or one of its shards is not in full size."""
+    path = directory / _sidecar(index)
+    if not path.exists():
+        return None
+    fields = json.loads(path.read_text())
+    summary = UnitSummary(**{**fields, "shards": tuple(Shard(**shard) for shard in fields["shards"])})
+    return None if any(_flaw(directory, shard) for shard in summary.shards) else summary
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Commit the folder. Every unit must be committed."""
+    with committed_file(directory / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(asdict(manifest), indent=1))
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a complete folder.
+
+    Raises:
+        DataError: it is missing, unreadable, or of another version.
+    """
+    if not is_complete(directory):
+        raise DataError(str(directory / MANIFEST), None, "the shards are not complete", "Run the command again to finish them")
+    try:
+        fields = json.loads((directory / MANIFEST).read_text())
+        manifest = Manifest(**{**fields, "shards": tuple(Shard(**shard) for shard in fields["shards"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise _broken(directory, MANIFEST, f"it cannot be read ({error})") from error
+    if manifest.version != DATA_VERSION:
+        raise _broken(directory, MANIFEST, f"it has data version {manifest.version}, this is {DATA_VERSION}")
+    return manifest
+
+
+def _sidecar(index: int) -> str:
+    return f"{index:06d}.json"
+
+
+def _flaw(directory: Path, shard: Shard) -> str | None:
+    path = directory / shard.name
+    if not path.exists():
+        return "the file is missing"
+    size = path.stat().st_size
+    return None if size == shard.bytes else f"it has {size} bytes instead of {shard.bytes}"
+
+
+def _broken(directory: Path, name: str, flaw: str) -> DataError:
+    return DataError(str(directory / name), None, flaw, f"Delete {directory} and run again")

@@ -1,0 +1,185 @@
+"""What is trained: all weights, or LoRA adapters (arXiv 2106.09685) that peft injects into the model on the meta device.
+
+Dropout on the adapters' input is a function of (seed, step, row, token, feature, module) instead of a random state, so that
+a resumed run, another world size or another micro-batch split drops the same values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rayft.config.schema import Adapter
+from rayft.errors import ConfigError
+from rayft.models.load import is_adapter, seed_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TOWERS = re.compile(r"(^|\.)(vision_tower|vision_model|vision_encoder|embed_vision|multi_modal_projector|visual|audio_tower|audio_model|embed_audio)(\.|$)")
+
+
+def adapt(module: PreTrainedModel, adapter: Adapter, seed: int) -> list[str]:
+    """Make exactly the configured parameters trainable.
+
+    Args:
+        module: on the meta device, before patching and sharding.
+        adapter: the section.
+        seed: run.seed, for the dropout.
+
+    Returns:
+        Names of the modules that got an adapter; empty when every weight is trained.
+
+    Raises:
+        ConfigError: a target or a module to save matches nothing, or cannot be trained that way.
+    """
+    if adapter.type == "none":
+        module.requires_grad_(True)
+        return []
+    from peft import inject_adapter_in_model
+
+    targets = match_targets(module, adapter.targets)
+    _check_modules_to_save(module, adapter.modules_to_save)
+    inject_adapter_in_model(lora_config(adapter, targets), module)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(is_adapter(name) or ".modules_to_save." in name)
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    if adapter.dropout > 0:
+        _replace_dropout(module, adapter.dropout, seed)
+    return targets
+
+
+def lora_config(adapter: Adapter, targets: list[str], base: str | None = None) -> Any:
+    """The peft configuration of the adapter on the modules `targets` of the model at `base`."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        base_model_name_or_path=base,
+        r=adapter.r, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, target_modules=targets, use_rslora=adapter.rslora,
+        modules_to_save=list(adapter.modules_to_save) or None, task_type="CAUSAL_LM",
+    )
+
+
+def adapter_config(module: nn.Module, adapter: Adapter, base: str) -> Any:
+    """The peft configuration of an adapted model, its targets as name endings where these say the same."""
+    adapted = [name for name, part in module.named_modules() if hasattr(part, "lora_A")]
+    endings = sorted({name.rsplit(".", 1)[-1] for name in adapted})
+    same = [name for name, part in module.named_modules() if name.rsplit(".", 1)[-1] in endings and not is_adapter(name + ".")]
+    return lora_config(adapter, endings if len(same) == len(adapted) else adapted, base)
+
+
+def match_targets(module: PreTrainedModel, targets: str | tuple[str, ...]) -> list[str]:
+    """Names of the linear modules that `adapter.targets` selects, in model order.
+
+    all-linear means the language model's linear layers, without its head, towers and projectors; a list matches name endings;
+    any other string is a regular expression that must match a whole module name.
+
+    Raises:
+        ConfigError: nothing, or something that is not a linear layer, is matched.
+    """
+    head = module.get_output_embeddings()
+    names = {name: part for name, part in module.named_modules() if name and part is not head}
+    if targets == "all-linear":
+        matched = [name for name, part in names.items() if isinstance(part, nn.Linear) and not _TOWERS.search(name)]
+    else:
+        wanted = [targets] if isinstance(targets, str) else list(targets)
+        select = _full_match(targets) if isinstance(targets, str) else _ends_with
+        for target in wanted:
+            if not any(select(name, target) for name in names):
+                raise ConfigError(
+                    "adapter.targets", target, f"matches no module of the model ({_examples(names)})", "Name endings such as q_proj, a full-match regular expression, or all-linear"
+                )
+        matched = [name for name in names if any(select(name, target) for target in wanted)]
+    if wrong := [name for name in matched if not isinstance(names[name], nn.Linear)]:
+        raise ConfigError("adapter.targets", wrong[0], f"is a {type(names[wrong[0]]).__name__}, and adapters go on linear layers", "Match only linear layers")
+    if not matched:
+        raise ConfigError("adapter.targets", targets, "matches no linear layer of the model", "Name endings such as q_proj, or a full-match regular expression")
+    return matched
+
+
+def _full_match(pattern: str) -> Callable[[str, str], bool]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as problem:
+        raise ConfigError("adapter.targets", pattern, f"is not a regular expression ({problem})", "Escape special characters, or give a list of name endings") from problem
+    return lambda name, _: compiled.fullmatch(name) is not None
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
+
+
+def _examples(names: dict[str, nn.Module]) -> str:
+    endings = sorted({name.rsplit(".", 1)[-1] for name, part in names.items() if isinstance(part, nn.Linear)})
+    return "its linear layers end in " + ", ".join(endings)
+
+
+def _check_modules_to_save(module: PreTrainedModel, wanted: tuple[str, ...]) -> None:
+    tied = getattr(module.config.get_text_config(), "tie_word_embeddings", False)
+    embeddings = (module.get_input_embeddings(), module.get_output_embeddings())
+    for ending in wanted:
+        matched = [part for name, part in module.named_modules() if name and _ends_with(name, ending)]
+        if not matched:
+            raise ConfigError("adapter.modules_to_save", ending, "matches no module of the model", "Name the ending of a module, such as lm_head")
+        if tied and any(part is embedding for part in matched for embedding in embeddings):
+            raise ConfigError(
+                "adapter.modules_to_save", ending, "is tied to the other embedding in this model, and training a copy of one would untie them silently",
+                "Leave it out, or train every weight with adapter.type=none",
+            )
+
+
+class DropoutKeys:
+    """The keys of the micro-batch in flight, shared by all dropout layers of one model; `heads` sets it before each forward."""
+
+    def __init__(self) -> None:
+        self.tokens: Tensor | None = None
+
+
+class RowDropout(nn.Module):
+    """Dropout whose mask is a hash of (token key, feature, module seed): the same wherever and whenever the token is run.
+
+    The hash is the finaliser of MurmurHash3 on 32 bits, computed in int64 (public domain, A. Appleby).
+    """
+
+    def __init__(self, p: float, seed: int, keys: DropoutKeys) -> None:
+        super().__init__()
+        self.p, self.seed, self.keys = p, seed & 0x7FFFFFFF, keys
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [1, T, H] -> the same shape; identity in evaluation."""
+        if not self.training or self.p == 0:
+            return x
+        if self.keys.tokens is None or self.keys.tokens.shape[0] != x.shape[-2]:
+            raise RuntimeError("dropout needs the keys of the packed batch: run the model through score()")
+        features = torch.arange(x.shape[-1], device=x.device, dtype=torch.int64)
+        hashed = _mix(self.keys.tokens[:, None] ^ _mix(features * 0x9E3779B1 + self.seed)[None, :])
+        keep = hashed >= int(self.p * 2**32)
+        return torch.where(keep, x / (1 - self.p), torch.zeros((), dtype=x.dtype, device=x.device)).to(x.dtype)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finaliser on int64 values; the result is uniform in [0, 2^32)."""
+    mask = 0xFFFFFFFF
+    x = x & mask
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & mask
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & mask
+    return x ^ (x >> 16)
+
+
+def dropout_token_keys(row_keys: Tensor, step: int, seed: int) -> Tensor:
+    """int64 [T]: a 32-bit key of each token, from (seed, step, row id, offset)."""
+    base = seed_of(seed, "dropout", step) & 0xFFFFFFFF
+    return _mix(_mix(row_keys & 0xFFFFFFFF) ^ _mix((row_keys >> 32) + base))
+
+
+def _replace_dropout(module: nn.Module, p: float, seed: int) -> None:
+    keys = DropoutKeys()
+    module.dropout_keys = keys  # type: ignore[assignment]
+    for name, part in module.named_modules():
+        if hasattr(part, "lora_dropout"):
+            part.lora_dropout = nn.ModuleDict({"default": RowDropout(p, seed_of(seed, "dropout", name), keys)})

@@ -1,0 +1,284 @@
+"""Build a model on the meta device, and later fill its (sharded) tensors from files. Owner of the one name map.
+
+The order is build on meta, adapt, patch, parallelize, materialise: no rank ever holds a second full copy. Three traps of
+`to_empty` are handled in `materialise`: it fills non-persistent buffers with garbage, unties embeddings of unsharded modules,
+and leaves adapters uninitialised.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from rayft.config.schema import Model
+from rayft.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+ATTENTION = "rayft"
+"""Name under which the packed attention is registered with transformers."""
+
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|base_layer|original_module|modules_to_save\.default)(?=\.)")
+_ADAPTER_NAME = re.compile(r"(\.lora_[AB])\.default(?=\.)")
+
+
+def hf_name(name: str) -> str:
+    """The Hugging Face checkpoint name of a parameter: without what peft, compile and checkpointing put into it."""
+    return _ADAPTER_NAME.sub(r"\1", _WRAPPERS.sub("", name).removeprefix("."))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter was added by a low-rank adapter."""
+    return ".lora_" in name
+
+
+def read_config(model: Model) -> PretrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        ConfigError: there is no such folder or cached id, or it holds no readable configuration.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, KeyError) as problem:
+        reason = str(problem).strip().split("\n")[0]
+        raise ConfigError(
+            "model.path", model.path, f"must be a Hugging Face model folder or a cached id ({reason})", "Give the path of a folder that holds config.json"
+        ) from problem
+
+
+def base_dtype(model: Model, *, frozen: bool, device_type: str) -> torch.dtype:
+    """Precision that the base weights are held in."""
+    if model.dtype != "auto":
+        return cast(torch.dtype, getattr(torch, model.dtype))
+    return compute_dtype(model, device_type) if frozen else torch.float32
+
+
+def compute_dtype(model: Model, device_type: str) -> torch.dtype:
+    """Precision of forward and backward."""
+    if model.compute_dtype != "auto":
+        return cast(torch.dtype, getattr(torch, model.compute_dtype))
+    return torch.bfloat16 if device_type == "cuda" else torch.float32
+
+
+def build(model: Model, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model of `config` on the meta device, its attention served by `parallel.attention`.
+
+    Raises:
+        ConfigError: transformers has no causal model for the configuration, or converts its weights while loading.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    with torch.device("meta"):
+        try:
+            module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=model.trust_remote_code)
+        except ValueError as problem:
+            raise ConfigError("model.path", model.path, f"transformers cannot build a causal language model of it ({problem})", "Choose another model") from problem
+    if converted := _converting(module):
+        raise ConfigError(
+            "model.path", model.path, f"checkpoints of {config.model_type} are converted while loading ({converted}), which rayft does not do yet",
+            "Choose a model whose checkpoint names are its parameter names",
+        )
+    return cast("PreTrainedModel", module)
+
+
+def _converting(module: nn.Module) -> str | None:
+    """What transformers 5 would rewrite when loading this model's checkpoint, or None."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    found = get_checkpoint_conversion_mapping(type(module).__name__) or get_checkpoint_conversion_mapping(module.config.model_type)
+    return ", ".join(sorted({type(step).__name__ for step in found})) if found else None
+
+
+def layers_of(module: nn.Module, path: str) -> nn.ModuleList:
+    """The decoder layers at a dotted path of the model."""
+    return cast(nn.ModuleList, module.get_submodule(path))
+
+
+def materialise(module: PreTrainedModel, model: Model, seed: int, device: str) -> None:
+    """Give every tensor its storage and value: base weights from files (or drawn), adapters drawn, buffers recomputed.
+
+    Each rank reads and keeps only its own rows. Values depend on (seed, name) alone, so any world size starts equal.
+
+    Args:
+        module: on the meta device, already adapted, patched and sharded.
+        seed: run.seed.
+        device: where tensors live, "cpu" or "cuda:N".
+
+    Raises:
+        DataError: the files lack a weight, or hold one of another shape.
+    """
+    module.to_empty(device=device)
+    module.tie_weights()
+    _recompute_buffers(module)
+    base = {name: p for name, p in module.named_parameters() if not is_adapter(name)}
+    if model.init == "random":
+        _draw(module, base, seed)
+    else:
+        _read(Path(model_folder(model)), base)
+    for name, parameter in module.named_parameters():
+        if is_adapter(name):
+            _copy_rows(parameter, _drawn_adapter(name, parameter, seed))
+
+
+def model_folder(model: Model) -> str:
+    """The local folder of the model's files: the path itself, or the snapshot of a cached id."""
+    if Path(model.path).is_dir():
+        return model.path
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(model.path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"])
+
+
+def weights_identity(folder: str) -> str:
+    """A digest of the safetensors headers, sizes and samples of their bytes: what an adapter's checkpoint belongs to."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}:".encode())
+        with file.open("rb") as stream:
+            for offset in sorted({0, max(0, size // 2 - (1 << 19)), max(0, size - (1 << 20))}):
+                stream.seek(offset)
+                digest.update(stream.read(1 << 20))
+    return digest.hexdigest()
+
+
+def _recompute_buffers(module: PreTrainedModel) -> None:
+    """Fill non-persistent buffers (rotary frequencies, embedding scales) by the family's own initialisation."""
+    with torch.no_grad():
+        for part in module.modules():
+            if part._non_persistent_buffers_set and not any(True for _ in part.parameters(recurse=False)):
+                module._init_weights(part)
+            elif part._non_persistent_buffers_set:
+                _initialise_buffers_only(module, part)
+
+
+def _initialise_buffers_only(module: PreTrainedModel, part: nn.Module) -> None:
+    """`_init_weights` on a stand-in without the parameters, which may be sharded and huge; then take its buffers."""
+    stand_in = copy.copy(part)
+    stand_in._parameters = {name: None if p is None else nn.Parameter(torch.zeros(1, 1), requires_grad=False) for name, p in part._parameters.items()}
+    if getattr(stand_in, "padding_idx", None) is not None:
+        stand_in.padding_idx = None  # type: ignore[assignment]
+    module._init_weights(stand_in)
+
+
+def _read(folder: Path, base: Mapping[str, Tensor]) -> None:
+    """Read each parameter's local rows from the folder's safetensors files, converting its type on the way."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    stored = _stored_shapes(folder)
+    wanted: dict[str, list[Tensor]] = {}
+    for name, parameter in base.items():
+        wanted.setdefault(_stored_name(hf_name(name), stored, folder), []).append(parameter)
+    for name, parameters in wanted.items():
+        if stored[name] != tuple(parameters[0].shape):
+            raise DataError(
+                f"{folder.name}: {name}", stored[name], f"the configuration asks for the shape {tuple(parameters[0].shape)}", "Take a configuration and weights of the same model"
+            )
+    dcp.load(
+        {name: parameters[0].detach() for name, parameters in wanted.items()},
+        storage_reader=HuggingFaceStorageReader(str(folder)),
+        no_dist=not torch.distributed.is_initialized(),
+    )
+    with torch.no_grad():
+        for parameters in wanted.values():
+            for other in parameters[1:]:
+                other.copy_(parameters[0])
+
+
+def _stored_name(name: str, stored: Mapping[str, tuple[int, ...]], folder: Path) -> str:
+    """The file's name of a parameter: its own, or for the input embedding of a tied model, the head's."""
+    if name in stored:
+        return name
+    if name.endswith("embed_tokens.weight") and "lm_head.weight" in stored:
+        return "lm_head.weight"
+    raise DataError(f"{folder}", None, f"holds no weight named {name}", "Check that the folder has every safetensors file of its index")
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in the folder's safetensors files; reads the headers only."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise DataError("model.path", str(folder), "holds no safetensors file", "Save the model with save_pretrained, or use model.init=random")
+    for file in files:
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return shapes
+
+
+def _draw(module: PreTrainedModel, base: Mapping[str, Tensor], seed: int) -> None:
+    """Initialise base weights as the family does, each module's full tensors from (seed, module name)."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        fresh = AutoModelForCausalLM.from_config(module.config, dtype=torch.float32)
+    targets: dict[str, list[Tensor]] = {}
+    for name, parameter in base.items():
+        targets.setdefault(hf_name(name), []).append(parameter)
+    for path, part in fresh.named_modules():
+        if not any(True for _ in part.parameters(recurse=False)):
+            continue
+        part._apply(lambda t: torch.empty_like(t, device="cpu"), recurse=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, "weights", path))
+            fresh._init_weights(part)
+        for name, value in part.named_parameters(prefix=path, recurse=False):
+            for target in targets.get(name, ()):
+                _copy_rows(target, value.detach())
+        part._apply(lambda t: torch.empty_like(t, device="meta"), recurse=False)
+
+
+def _drawn_adapter(name: str, parameter: Tensor, seed: int) -> Tensor:
+    """Initial adapter: A uniform in +-1/sqrt(in) (peft's kaiming_uniform with a = sqrt(5)), B zero. arXiv 2106.09685 sec. 4.1."""
+    if ".lora_B" in name:
+        return torch.zeros(parameter.shape)
+    generator = torch.Generator().manual_seed(seed_of(seed, "adapter", hf_name(name)))
+    bound = parameter.shape[1] ** -0.5
+    return torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed from any parts: randomness is a function of (seed, purpose, name or step), never of a state."""
+    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "little") >> 1
+
+
+def _copy_rows(target: Tensor, full: Tensor) -> None:
+    """Copy this rank's rows of a full tensor into a (possibly sharded) parameter."""
+    with torch.no_grad():
+        if not isinstance(target, DTensor):
+            target.copy_(full)
+            return
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+        local = full[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]
+        target.to_local().copy_(local)
+
+
+def named_trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(Hugging Face name, parameter) of everything that is trained, each parameter once."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            yield hf_name(name), parameter
+
+
+def config_of(module: nn.Module) -> Any:
+    """The text configuration of a (possibly multimodal) model."""
+    return cast(Any, module).config.get_text_config()

@@ -1,0 +1,36 @@
+"""Which family a model belongs to. Families with something special have a file in `arch`; all others get the plain spec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rayft.errors import ConfigError
+from rayft.types import ModelSpec
+
+PLAIN = ModelSpec(model_types=())
+"""Decoder layers at model.layers, nothing to fix: Llama, Mistral, Qwen2, Qwen3, OLMo, SmolLM and most others."""
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def spec_of(config: Any) -> ModelSpec:
+    """The family's spec.
+
+    Raises:
+        ConfigError: the model has layers that would mix packed documents.
+    """
+    from rayft.models.arch import SPECS
+
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if other := sorted(kinds - _ATTENTION_LAYERS):
+        raise ConfigError(
+            "model.path", config.model_type, f"has layers of kind {', '.join(other)}, whose state would run across packed documents",
+            "Choose a model whose layers are full or sliding attention",
+        )
+    for spec in SPECS:
+        if config.model_type in spec.model_types:
+            if reason := spec.unsupported.get("training"):
+                raise ConfigError("model.path", config.model_type, reason, "Choose another model")
+            return spec
+    return PLAIN

@@ -1,0 +1,209 @@
+"""Packed attention: every document attends to itself alone. The backend is chosen per layer and per kind of rows.
+
+Registered with transformers under one name, so a model built for it cannot fall back to a mask that mixes documents. The
+layer's own head_dim, window and softcap decide, not the model's single setting.
+
+Choice on CUDA, by measurement (docs/benchmarks.md; H100, bf16, head_dim 128, forward + backward):
+    rows of one document    causal SDPA, which picks cuDNN on Hopper: 452 TFLOP/s against 255 for FlashAttention 2
+    packed rows             compiled flex attention with a document mask: 284 against 215 for varlen FlashAttention 2
+On CPU: SDPA per document, 8 to 12 times faster than one call with a block-diagonal mask, and flex has no backward there.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rayft.models.load import ATTENTION
+from rayft.types import Batch
+
+Backend = Literal["documents", "flex"]
+
+
+class Layout:
+    """The documents of one micro-batch as attention reads them. Opaque to torch.compile: only uncompiled code looks inside.
+
+    Attributes:
+        lengths: document lengths on the host; they sum to T.
+        cu_seqlens: int32 [capacity + 1] on the device.
+        uniform: length of the documents when all are equally long, else None.
+        wanted: parallel.attention.
+        calls: attention calls served, counted to prove that every layer came here.
+    """
+
+    __slots__ = ("calls", "cu_seqlens", "lengths", "masks", "uniform", "wanted")
+
+    def __init__(self, batch: Batch, wanted: str) -> None:
+        self.lengths = batch.document_lengths
+        self.cu_seqlens = batch.cu_seqlens
+        self.uniform = self.lengths[0] if len(set(self.lengths)) == 1 else None
+        self.wanted = wanted
+        self.masks: dict[int | None, Any] = {}
+        self.calls = 0
+
+    def block_mask(self, window: int | None) -> Any:
+        """flex_attention's mask for one window size; built once per micro-batch and shared by all layers of that kind."""
+        if window not in self.masks:
+            self.masks[window] = _document_mask(self.cu_seqlens, sum(self.lengths), window)
+        return self.masks[window]
+
+
+def choose(head_dim: int, device_type: str, wanted: str) -> tuple[Backend, str]:
+    """The backend of a layer for packed rows, and why. Rows of one document each take SDPA wherever it can serve them.
+
+    Args:
+        head_dim: of this layer.
+        device_type: "cpu" or "cuda".
+        wanted: parallel.attention.
+    """
+    if device_type == "cpu":
+        return "documents", "SDPA per document: on CPU 8 to 12 times faster than a mask, and flex has no backward there"
+    if wanted == "sdpa":
+        return "documents", "asked for by parallel.attention"
+    if wanted == "flex":
+        return "flex", "asked for by parallel.attention"
+    if head_dim > 256:
+        return "flex", "FlashAttention refuses a head_dim above 256; flex with small blocks is 1.7 times faster than SDPA there"
+    return "flex", "fastest measured for packed rows on Hopper (284 against 215 TFLOP/s for varlen FlashAttention 2)"
+
+
+def choices(module: nn.Module, device_type: str, wanted: str) -> dict[str, tuple[Backend, str]]:
+    """Layer name -> (backend, reason) for every attention layer of a model, in order."""
+    return {name: choose(int(part.head_dim), device_type, wanted) for name, part in module.named_modules() if hasattr(part, "head_dim") and hasattr(part, "o_proj")}
+
+
+def register() -> None:
+    """Make the packed attention known to transformers. No mask is registered for it, so models build none."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, packed_attention)
+
+
+@torch.compiler.disable
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: Layout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of packed documents, in the form that transformers calls.
+
+    Args:
+        query: [1, heads, T, head_dim]; key, value: [1, kv_heads, T, head_dim].
+        attention_mask: None; any mask would be a sign that the model thinks it is not packed.
+        layout: the documents.
+        scaling: of the scores; None is head_dim ** -0.5.
+        dropout: of the probabilities; must be 0.
+        sliding_window: a position sees itself and the window - 1 positions before it.
+        softcap: scores are softcap * tanh(scores / softcap).
+
+    Returns:
+        ([1, T, heads, head_dim], None).
+    """
+    if attention_mask is not None or dropout:
+        raise RuntimeError("packed attention takes neither a mask nor attention dropout")
+    layout.calls += 1
+    longest = max(layout.lengths)
+    window = sliding_window if sliding_window is not None and sliding_window < longest else None
+    if layout.uniform is not None and window is None and softcap is None:
+        out = _rows(query, key, value, layout.uniform, scaling)
+    elif choose(query.shape[-1], query.device.type, layout.wanted)[0] == "documents":
+        out = _documents(query, key, value, layout.lengths, scaling, window, softcap)
+    else:
+        out = _flex(query, key, value, layout, scaling, window, softcap)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _rows(query: Tensor, key: Tensor, value: Tensor, length: int, scaling: float | None) -> Tensor:
+    """Equally long documents as a batch: plain causal SDPA."""
+    q, k, v = (x.unflatten(2, (-1, length))[0].transpose(0, 1) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(0, 1).flatten(1, 2)[None]
+
+
+def _documents(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """SDPA per document, with a band mask where a window bites and written-out scores where they are capped."""
+    parts = []
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        gqa = q.shape[1] != k.shape[1]
+        if softcap is not None:
+            parts.append(_capped(q, k, v, scaling, window, softcap))
+        elif window is not None and q.shape[2] > window:
+            mask = _band(q.shape[2], window, q.device)
+            parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=gqa))
+        else:
+            parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa))
+    return torch.cat(parts, dim=2)
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [L, L]: causal, and at most window - 1 positions back."""
+    ones = torch.ones(length, length, dtype=torch.bool, device=device)
+    return ones.tril() if window is None else ones.tril().triu(1 - window)
+
+
+def _capped(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~_band(query.shape[2], window, query.device), float("-inf"))
+    return torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype) @ value
+
+
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    options = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_M1": 32, "BLOCK_N1": 32, "BLOCK_M2": 32, "BLOCK_N2": 32, "num_stages": 1} if query.shape[-1] > 256 else None
+    return _compiled_flex()(
+        query, key, value, score_mod=None if softcap is None else _softcap_mod(softcap), block_mask=layout.block_mask(window),
+        scale=scaling, enable_gqa=query.shape[1] != key.shape[1], kernel_options=options,
+    )
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.cache
+def _compiled_block_mask() -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask, dynamic=False)
+
+
+@functools.cache
+def _softcap_mod(softcap: float) -> Any:
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
+
+
+def _document_mask(cu_seqlens: Tensor, tokens: int, window: int | None) -> Any:
+    """Causal within a document: document ids come from the padded boundaries on the device, so shapes never change."""
+    positions = torch.arange(tokens, device=cu_seqlens.device, dtype=torch.int32)
+    document = torch.searchsorted(cu_seqlens, positions, right=True)
+
+    def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        inside = (document[q] == document[k]) & (q >= k)
+        return inside if window is None else inside & (q - k < window)
+
+    return _compiled_block_mask()(mask, None, None, tokens, tokens, device=cu_seqlens.device)

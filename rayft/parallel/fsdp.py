@@ -1,0 +1,49 @@
+"""FSDP2: parameters, gradients and optimizer states sharded over ranks, one unit per decoder layer and one for the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+
+def shard(module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compute: torch.dtype, reduce: torch.dtype) -> None:
+    """Shard in place. Gradients come out as *sums* over ranks, so that the step alone divides.
+
+    The root keeps its parameters gathered after the forward, because its backward follows at once; `reshard_root` frees
+    them after an evaluation, where no backward does.
+
+    Args:
+        module: causal language model with `head_terms` attached.
+        layers: its decoder layers.
+        mesh: from `build_mesh`.
+        compute: type of parameters in forward and backward.
+        reduce: type in which gradients are summed.
+    """
+    axis = mesh["dp_shard"]
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
+    for layer in layers:
+        fully_shard(layer, mesh=axis, mp_policy=policy, reshard_after_forward=True)
+    # The root's inputs are a batch whose loss weights must stay float32.
+    root_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
+    fully_shard(module, mesh=axis, mp_policy=root_policy, reshard_after_forward=False)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            # gloo has no pre-multiplied sum, and an averaged gradient would make the divisor wrong by the world size.
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(module, "head_terms")
+
+
+def reshard_root(module: Any) -> None:
+    """Free the root's gathered parameters; needed after forwards without a backward, or a checkpoint would miss them."""
+    module.reshard()
+
+
+def set_gradient_sync(module: Any, last: bool) -> None:
+    """Reduce gradients over ranks only in the last micro-batch of a step."""
+    module.set_requires_gradient_sync(last)
+    module.set_is_last_backward(last)

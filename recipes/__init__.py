@@ -1,0 +1,1 @@
+"""One short driver per training method, and the configurations that they run."""

@@ -1,0 +1,65 @@
+"""Tiny random models of several families, written as Hugging Face folders, and packed batches to run them on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayft.data.reader import Row, collate
+from rayft.types import Batch
+
+VOCAB = 257  # prime, so that shards are uneven
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}),
+    "llama3_rope": ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True}),
+    "mistral_window": ("mistral", {"sliding_window": 8}),
+    "gemma2": ("gemma2", {"sliding_window": 8, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0}),
+    "gemma3": ("gemma3_text", {"sliding_window": 8, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2}),
+    "granite": ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.3}),
+    "cohere": ("cohere", {"logit_scale": 0.25}),
+    "olmo2": ("olmo2", {}),
+    "phi3": ("phi3", {"pad_token_id": 0}),
+}
+
+
+def write_model(family: str, folder: Path, seed: int = 0) -> Path:
+    """A random model of the family, float32, its norms moved off their initial values."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, options = FAMILIES[family]
+    config = AutoConfig.for_model(model_type, **(SIZES | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | options))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_batch(lengths: list[list[int]], seed: int = 0, step: int = 0, positions: list[int] | None = None) -> Batch:
+    """Packed rows of documents of the given lengths (each row must sum to the same), with random tokens and weights."""
+    return collate(make_rows(lengths, seed), positions or list(range(len(lengths))), capacity=64, step=step)
+
+
+def make_rows(lengths: list[list[int]], seed: int = 0) -> list[Row]:
+    """One packed row per list of document lengths."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index, documents in enumerate(lengths):
+        total = sum(documents)
+        weights = rng.random(total).astype(np.float32) * (rng.random(total) < 0.7)
+        rows.append(
+            Row(index, rng.integers(3, VOCAB, total).astype(np.int32), weights.astype(np.float32), np.array(documents, np.int32), np.zeros(len(documents), np.int32), total)
+        )
+    return rows
