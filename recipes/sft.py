@@ -23,6 +23,7 @@ def main(cfg: SftRun, local: bool = False) -> None:
         launch = run.launch(train_shards, eval_shards)
         with run.progress(launch):
             fit(train, launch)
+        run.say_where()
 
 
 def train(launch: Launch) -> None:

@@ -51,6 +51,12 @@ class Run:
         """Show the steps as they are logged."""
         return follow(self.run_dir / "metrics.jsonl", launch.total_steps)
 
+    def say_where(self) -> None:
+        """Print what the run left, and where."""
+        for name, what in (("metrics.jsonl", "metrics"), ("checkpoints", "checkpoints"), ("export", "export"), ("export-merged", "merged export")):
+            if (self.run_dir / name).exists():
+                print(f"{what + ':':15}{self.run_dir / name}")
+
 
 @contextmanager
 def open_run(cfg: SftRun, local: bool) -> Iterator[Run]:

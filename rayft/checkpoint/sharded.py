@@ -88,13 +88,14 @@ class Checkpointer:
             self.in_flight.result(timeout=self.session.deadline_s)
             self.in_flight = None
 
-    def restore(self, directory: Path, parts: Sequence[Any], optimizer: torch.optim.Optimizer) -> None:
-        """Fill parameters and optimizer states from a committed checkpoint of any world size.
+    def restore(self, directory: Path, parts: Sequence[Any], optimizer: torch.optim.Optimizer | None) -> None:
+        """Fill parameters and, when there is an optimizer, its states from a committed checkpoint of any world size.
 
         Raises:
             DataError: the checkpoint cannot be read, or holds other tensors than this run trains.
         """
-        _initialise(optimizer)
+        if optimizer is not None:
+            _initialise(optimizer)
         try:
             dcp.load(_state(parts, optimizer), checkpoint_id=str(directory), process_group=self.group)
         except (dcp.CheckpointException, OSError, RuntimeError, ValueError, KeyError) as problem:
@@ -102,16 +103,16 @@ class Checkpointer:
             raise DataError("checkpoint", str(directory), f"cannot be read ({type(problem).__name__}: {cause})", "Delete that folder to resume from an older one, or choose a new run.name") from problem
 
 
-def _state(parts: Sequence[Any], optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+def _state(parts: Sequence[Any], optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, Tensor]]:
     """Name -> tensor, in two sections; loading fills these very tensors. Optimizer states are named <parameter>/<state>."""
     model: dict[str, Tensor] = {}
     states: dict[str, Tensor] = {}
     for part in parts:
         for name, parameter in named_trainable(part):
             model[name] = parameter.detach()
-            for key, value in optimizer.state.get(parameter, {}).items():
+            for key, value in optimizer.state.get(parameter, {}).items() if optimizer is not None else ():
                 states[f"{name}/{key}"] = value
-    return {"model": model, "optim": states}
+    return {"model": model} | ({"optim": states} if optimizer is not None else {})
 
 
 def _initialise(optimizer: torch.optim.Optimizer) -> None:

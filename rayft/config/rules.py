@@ -44,6 +44,7 @@ def check(cfg: SftRun) -> None:
 
 
 def text_is_not_empty(cfg: SftRun) -> Refusals:
+    """No text is empty or blank, least of all the name of a column."""
     for field, text in _texts("", cfg.model_dump()):
         if not text.strip():
             yield ConfigError(field, text, "must not be empty", "Give a value, or remove the key to take its default")
@@ -58,6 +59,7 @@ def source_names_can_be_addressed(cfg: SftRun) -> Refusals:
 
 
 def columns_belong_to_the_format(cfg: SftRun) -> Refusals:
+    """A column of another format would be ignored, and most often the format was forgotten."""
     for field, source in _sources(cfg):
         for form, columns in COLUMNS.items():
             for column in _changed(source, columns) if form != source.format else ():
@@ -66,18 +68,21 @@ def columns_belong_to_the_format(cfg: SftRun) -> Refusals:
 
 
 def role_and_content_differ(cfg: SftRun) -> Refusals:
+    """A message needs two keys."""
     for field, source in _sources(cfg):
         if source.format == "chat" and source.role == source.content:
             yield ConfigError(f"{field}.content", source.content, f"is also the key of {field}.role", "Name the key that holds the text")
 
 
 def roles_are_trained(cfg: SftRun) -> Refusals:
+    """Some turns count in the loss; plain text always does."""
     has_turns = any(source.format != "text" for source in cfg.data.train.values())
     if has_turns and not cfg.data.roles_to_train and not cfg.data.train_on_inputs:
         yield ConfigError("data.roles_to_train", [], "leaves nothing to train on", "Name a role, or set data.train_on_inputs to true")
 
 
 def rows_are_long_enough(cfg: SftRun) -> Refusals:
+    """A row holds a token and its target, and no more than the keys of its tokens can count."""
     if cfg.data.seq_len < 2:
         yield ConfigError("data.seq_len", cfg.data.seq_len, "a row needs two tokens, one to predict the other", "Set it to 2 or more")
     if cfg.data.seq_len > ROW_OFFSETS:
@@ -85,18 +90,21 @@ def rows_are_long_enough(cfg: SftRun) -> Refusals:
 
 
 def shards_fit(cfg: SftRun) -> Refusals:
+    """The tokens of a shard can be counted by Arrow."""
     if cfg.data.shard_rows * cfg.data.seq_len >= SHARD_TOKENS:
         rule = f"times data.seq_len = {cfg.data.seq_len} is over the {SHARD_TOKENS - 1} tokens of a shard"
         yield ConfigError("data.shard_rows", cfg.data.shard_rows, rule, f"Use at most {(SHARD_TOKENS - 1) // cfg.data.seq_len}")
 
 
 def packing_has_a_choice(cfg: SftRun) -> Refusals:
+    """Packing needs more than one document to choose from."""
     if cfg.data.pack and cfg.data.pack_window < 2:
         rule = "packs each document alone"
         yield ConfigError("data.pack_window", cfg.data.pack_window, rule, "Use 2 or more, or set data.pack to false")
 
 
 def micro_rows_fit(cfg: SftRun) -> Refusals:
+    """A micro-batch is a part of a step."""
     batch = cfg.batch
     if batch.micro_rows > batch.rows:
         rule = f"is more than batch.rows = {batch.rows}, the rows of a whole step"
@@ -104,6 +112,7 @@ def micro_rows_fit(cfg: SftRun) -> Refusals:
 
 
 def run_ends_within_its_schedule(cfg: SftRun) -> Refusals:
+    """A stop after the last step would never come."""
     run = cfg.run
     if run.stop_at is not None and run.max_steps is not None and run.stop_at > run.max_steps:
         rule = f"is after the last step, run.max_steps = {run.max_steps}"
@@ -111,6 +120,7 @@ def run_ends_within_its_schedule(cfg: SftRun) -> Refusals:
 
 
 def evaluation_has_sources(cfg: SftRun) -> Refusals:
+    """Settings of the evaluation need something to evaluate on."""
     if not cfg.data.eval:
         for name in _changed(cfg.eval, tuple(type(cfg.eval).model_fields)):
             rule = "has nothing to evaluate on"
@@ -127,12 +137,14 @@ def warmup_fits(cfg: SftRun) -> Refusals:
 
 
 def moments_decay(cfg: SftRun) -> Refusals:
+    """AdamW takes no moment that never decays."""
     for name in ("beta1", "beta2"):
         if getattr(cfg.optim, name) == 1:
             yield ConfigError(f"optim.{name}", 1.0, "must be below 1, or the moment never takes a gradient in", "Use a value such as 0.95")
 
 
 def min_lr_has_a_schedule(cfg: SftRun) -> Refusals:
+    """A constant learning rate has no end to fall to."""
     if cfg.optim.schedule == "constant" and cfg.optim.min_lr_ratio > 0:
         rule = "has no effect with optim.schedule constant"
         yield ConfigError("optim.min_lr_ratio", cfg.optim.min_lr_ratio, rule, "Remove it, or use the cosine or linear schedule")
@@ -149,11 +161,13 @@ def adapter_is_asked_for(cfg: SftRun) -> Refusals:
 
 
 def adapter_dropout_keeps_something(cfg: SftRun) -> Refusals:
+    """Dropout of 1 leaves no input."""
     if cfg.adapter.dropout == 1:
         yield ConfigError("adapter.dropout", 1.0, "drops every input, so the adapter learns nothing", "Use a value below 1")
 
 
 def adapter_targets_can_match(cfg: SftRun) -> Refusals:
+    """The targets are a valid pattern, or at least one name."""
     targets = cfg.adapter.targets
     if targets == ():
         yield ConfigError("adapter.targets", [], "names no module", "Use all-linear, or name the modules")
@@ -165,12 +179,14 @@ def adapter_targets_can_match(cfg: SftRun) -> Refusals:
 
 
 def adapter_has_weights_below(cfg: SftRun) -> Refusals:
+    """Random weights below an adapter would stay random, as only the adapter is trained."""
     if cfg.model.init == "random" and cfg.adapter.type == "lora":
         rule = "leaves a LoRA adapter on weights that mean nothing and stay frozen"
         yield ConfigError("model.init", "random", rule, "Use model.init pretrained, or adapter.type none")
 
 
 def merge_has_an_adapter(cfg: SftRun) -> Refusals:
+    """A merge needs an adapter, and an export to be written by."""
     if cfg.export.merge and cfg.adapter.type == "none":
         yield ConfigError("export.merge", True, "there is no adapter to merge", "Set adapter.type to lora, or export.merge to false")
     if cfg.export.merge and not cfg.export.at_end:
@@ -178,12 +194,14 @@ def merge_has_an_adapter(cfg: SftRun) -> Refusals:
 
 
 def callbacks_are_named(cfg: SftRun) -> Refusals:
+    """Their names have the form of a user function."""
     for number, name in enumerate(cfg.run.callbacks):
         if not SPEC.fullmatch(name):
             yield ConfigError(f"run.callbacks.{number}", name, FORM, "Name one function, such as ./hooks.py:on_step")
 
 
 def attention_runs_on_the_device(cfg: SftRun) -> Refusals:
+    """What is asked of a CPU by name must have a backward there."""
     if cfg.parallel.device == "cpu" and cfg.parallel.attention == "flex":
         yield ConfigError("parallel.attention", "flex", "flex attention has no backward on CPUs", "Use auto or sdpa")
 

@@ -6,15 +6,11 @@ The only file of this room that imports ray, and only inside the function that n
 from __future__ import annotations
 
 import logging
-import os
 import pickle
-import socket
-import threading
 import time
-import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,24 +18,22 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rayft.data import shards
 from rayft.data.formats import make_encoder
+from rayft.data.lock import exclusive
 from rayft.data.packing import pack
+from rayft.data.sources import row_place
 from rayft.data.units import Unit, plan_units
-from rayft.errors import DataError, InfrastructureError, RayftError
-from rayft.models.tokenizer import fingerprint, load_tokenizer
+from rayft.errors import DataError, RayftError
+from rayft.models.tokenizer import fingerprint, load_tokenizer, template_text
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from rayft.config.schema import Data, Dataset, Model, SftRun
+    from rayft.config.schema import Data, Model, SftRun
     from rayft.data.formats import Document, Encoder
+    from rayft.models.tokenizer import Tokenizer
 
 log = logging.getLogger("rayft")
 
 ENCODE_ROWS = 256
 """Input rows that go to the tokenizer together."""
-HEARTBEAT_S = 10.0
-STALE_S = 60.0
-"""A lock file that has not changed for this long belongs to nobody."""
 LOG_EVERY_S = 10.0
 
 T = TypeVar("T")
@@ -53,14 +47,12 @@ class Job:
         directory: where the shards go.
         model: names the tokenizer.
         data: how rows become documents and documents rows.
-        datasets: the split's datasets by name.
-        units: the whole plan; a unit is named by its index.
+        units: those to pack.
     """
 
     directory: Path
     model: Model
     data: Data
-    datasets: dict[str, Dataset]
     units: tuple[Unit, ...]
 
 
@@ -71,7 +63,7 @@ def prepare(cfg: SftRun, split: Literal["train", "eval"], *, use_ray: bool) -> P
     not write at once: the second one waits.
 
     Args:
-        cfg: the run; `cfg.data` and `cfg.model` decide the content.
+        cfg: the run, its paths absolute.
         split: which datasets.
         use_ray: pack in Ray Data actors of the connected cluster instead of this process. The bytes are the same.
 
@@ -82,7 +74,7 @@ def prepare(cfg: SftRun, split: Literal["train", "eval"], *, use_ray: bool) -> P
     tokenizer = load_tokenizer(cfg.model)
     key = shards.shard_key(cfg, split, fingerprint(tokenizer))
     cache = Path(cfg.data.cache_dir) if cfg.data.cache_dir is not None else Path(cfg.run.dir) / ".shards"
-    directory = cache.absolute() / f"{split}-{key[:16]}"
+    directory = cache / f"{split}-{key[:16]}"
     if not shards.is_complete(directory):
         directory.mkdir(parents=True, exist_ok=True)
         with exclusive(directory / "lock", cfg.run.deadline_s):
@@ -92,18 +84,166 @@ def prepare(cfg: SftRun, split: Literal["train", "eval"], *, use_ray: bool) -> P
     return directory
 
 
-def pack_unit(unit: Unit, encoder: Encoder, *, directory: Path, data: Data, pad_id: int) -> shards.UnitSummary:
+def pack_unit(unit: Unit, encoder: Encoder, directory: Path) -> shards.UnitSummary:
     """Read a unit, encode and pack its rows, write its shards, commit it. Holds a window of documents at a time.
 
-    The files it leaves are a function of the arguments: any process may run it, and run it again.
+    The files it leaves are a function of the unit and the encoder: any process may run it, and run it again.
+
+    Raises:
+        DataError: a row is malformed. What was written so far is not committed.
     """
-    tally: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
-    written = []
-    documents = _encode(unit, encoder, tally, dropped)
-    for rows in _batched(_pack(documents, data), data.shard_rows):
+    data = encoder.data
+    outcomes: Counter[str | None] = Counter()
+    written: list[shards.Shard] = []
+    for rows in _batched(_pack(_documents(unit, encoder, outcomes), data), data.shard_rows):
         path = directory / f"{unit.index:06d}-{len(written):05d}.parquet"
+        pad_id = encoder.tokenizer.pad_token_id
         written.append(shards.write_shard(path, rows, source_id=unit.source_id, seq_len=data.seq_len, pad_id=pad_id))
-    summary = shards.UnitSummary(unit.index, unit.source, tally["rows"], dict(dropped), tuple(written))
+    dropped = {reason: count for reason, count in outcomes.items() if reason is not None}
+    summary = shards.UnitSummary(unit.index, unit.source, outcomes.total(), dropped, tuple(written))
     shards.write_unit(directory, summary)
     return summary
+
+
+class Packer:
+    """Packs units in a Ray Data actor, which loads the tokenizer once.
+
+    An error that rayft explains leaves as a value of the result, so that the driver raises it as it is.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._encoder = make_encoder(job.data, load_tokenizer(job.model))
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """{"item": [place of a unit in the job]} -> {"rows_read": [int], "error": [pickled RayftError, or empty]}."""
+        (place,) = batch["item"]
+        try:
+            summary = pack_unit(self._job.units[place], self._encoder, self._job.directory)
+        except RayftError as error:
+            return {"rows_read": [0], "error": [pickle.dumps(error)]}
+        return {"rows_read": [summary.rows_read], "error": [b""]}
+
+
+def _fill(cfg: SftRun, split: str, key: str, directory: Path, tokenizer: Tokenizer, *, use_ray: bool) -> None:
+    """Pack the units that are not committed yet, and commit the folder."""
+    shards.remove_strays(directory)
+    units = plan_units(split, getattr(cfg.data, split), cfg.data.unit_mb)
+    missing = tuple(unit for unit in units if shards.read_unit(directory, unit.index) is None)
+    job = Job(directory, cfg.model, cfg.data, missing)
+    if missing:
+        finished = _pack_through_ray(job) if use_ray else _pack_here(job, make_encoder(cfg.data, tokenizer))
+        with closing(finished):
+            _report(split, finished, len(units) - len(missing), len(units))
+    summaries = [summary for unit in units if (summary := shards.read_unit(directory, unit.index)) is not None]
+    manifest = shards.Manifest(
+        version=shards.DATA_VERSION,
+        key=key,
+        split=split,
+        seq_len=cfg.data.seq_len,
+        tokenizer=fingerprint(tokenizer),
+        chat_template=template_text(tokenizer),
+        data=cfg.data.model_dump(mode="json"),
+        totals=_totals(summaries),
+        dropped=_dropped(summaries),
+        shards=tuple(shard for summary in summaries for shard in summary.shards),
+    )
+    rows, rows_read = manifest.totals["rows"], manifest.totals["rows_read"]
+    if rows == 0:
+        rule = f"none of the {rows_read} rows can be used; dropped are {_in_words(manifest.dropped)}"
+        raise DataError(f"data.{split}", None, rule, "Correct the rows, the datasets' columns and roles, or data.seq_len")
+    shards.write_manifest(directory, manifest)
+    tokens = manifest.totals["tokens"]
+    log.info(
+        "packed %s: %d rows of %d tokens, %.1f%% full, from %d rows; dropped: %s; in %s",
+        split, rows, manifest.seq_len, 100 * tokens / (rows * manifest.seq_len), rows_read, _in_words(manifest.dropped), directory,
+    )  # fmt: skip
+
+
+def _pack_here(job: Job, encoder: Encoder) -> Generator[int, None, None]:
+    """Pack the job's units one by one; yields the input rows of each."""
+    for unit in job.units:
+        yield pack_unit(unit, encoder, job.directory).rows_read
+
+
+def _pack_through_ray(job: Job) -> Generator[int, None, None]:
+    """Pack the job's units in Ray Data actors; yields the input rows of each unit when it is done, in any order."""
+    import ray.data
+
+    cpus = ray.cluster_resources().get("CPU", 1.0)
+    actors = min(job.data.actors or max(1, int(cpus) - 1), len(job.units))
+    # A pool that reserves every CPU waits for ever for the one that Ray Data wants beside it.
+    share = min(1.0, max(cpus - 1, 0.5) / actors)
+    results = ray.data.from_items(list(range(len(job.units)))).map_batches(
+        Packer,
+        fn_constructor_args=(job,),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
+        num_cpus=int(share * 1000) / 1000,
+    )
+    results.context.enable_progress_bars = False
+    # A unit that cannot be split, such as a large compressed file, shows no progress for as long as it takes.
+    results.context.execution_no_progress_timeout_s = -1
+    with closing(iter(results.iter_rows())) as rows:
+        for row in rows:
+            if row["error"]:
+                raise pickle.loads(row["error"])
+            yield int(row["rows_read"])
+
+
+def _documents(unit: Unit, encoder: Encoder, outcomes: Counter[str | None]) -> Iterator[Document]:
+    """The unit's documents in order. Counts its rows by the reason why they were dropped, None when they were not."""
+    dataset = getattr(encoder.data, unit.split)[unit.source]
+    for rows in _batched(unit.rows(), ENCODE_ROWS):
+        places = [row_place(unit.file, place) for place, _ in rows]
+        for encoded in encoder.encode_many([row for _, row in rows], dataset, places):
+            outcomes[encoded.dropped] += 1
+            yield from encoded.documents
+
+
+def _pack(documents: Iterable[Document], data: Data) -> Iterator[list[Document]]:
+    """Rows of documents, packed in windows of `data.pack_window` documents."""
+    for window in _batched(documents, data.pack_window if data.pack else 1):
+        for row in pack([len(document.tokens) for document in window], data.seq_len):
+            yield [window[index] for index in row]
+
+
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one shorter."""
+    source = iter(items)
+    while batch := list(islice(source, size)):
+        yield batch
+
+
+def _report(split: str, finished: Iterable[int], done: int, total: int) -> None:
+    """Log how far packing is while units finish."""
+    log.info("packing %s: %d of %d units are there", split, done, total)
+    rows, started = 0, time.monotonic()
+    logged = started
+    for rows_read in finished:
+        rows, done, now = rows + rows_read, done + 1, time.monotonic()
+        if done == total or now - logged >= LOG_EVERY_S:
+            log.info("packing %s: %d of %d units, %d rows, %.0f rows/s", split, done, total, rows, rows / (now - started))
+            logged = now
+
+
+def _totals(summaries: Iterable[shards.UnitSummary]) -> dict[str, int]:
+    """Sums over all units; of max_documents the largest."""
+    written = [shard for summary in summaries for shard in summary.shards]
+    summed = ("rows", "documents", "tokens", "trained_tokens")
+    totals = {name: sum(getattr(shard, name) for shard in written) for name in summed}
+    largest = max((shard.max_documents for shard in written), default=0)
+    return totals | {"max_documents": largest, "rows_read": sum(summary.rows_read for summary in summaries)}
+
+
+def _dropped(summaries: Iterable[shards.UnitSummary]) -> dict[str, dict[str, int]]:
+    """Dataset -> reason -> rows."""
+    counts: dict[str, Counter[str]] = {}
+    for summary in summaries:
+        counts.setdefault(summary.source, Counter()).update(summary.dropped)
+    return {source: dict(reasons) for source, reasons in counts.items()}
+
+
+def _in_words(dropped: Mapping[str, Mapping[str, int]]) -> str:
+    listed = [f"{count} of {source}: {reason}" for source, reasons in dropped.items() for reason, count in reasons.items()]
+    return "; ".join(listed) or "none"

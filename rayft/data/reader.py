@@ -65,7 +65,7 @@ class Reader:
         self.max_documents = manifest.totals["max_documents"]
         self._seed, self._shuffle = seed, shuffle
         self._shard_starts = list(accumulate((shard.rows for shard in manifest.shards), initial=0))
-        self._window_starts = self._shard_starts[:-1:window] + [self.num_rows]
+        self._window_starts = [*self._shard_starts[:-1:window], self.num_rows]
         self._decoded: Callable[[int], Columns] = lru_cache(window + 1 if shuffle else 2)(
             lambda index: read_shard(directory, manifest.shards[index], manifest.seq_len)
         )
@@ -108,9 +108,7 @@ class Reader:
         return np.random.Generator(np.random.PCG64(seeds)).permutation(size)
 
 
-def micro_batches(
-    reader: Reader, step: int, *, rows: int, micro_rows: int, rank: int, world: int, limit: int | None = None
-) -> list[Batch]:
+def micro_batches(reader: Reader, step: int, *, rows: int, micro_rows: int, rank: int, world: int, limit: int | None = None) -> list[Batch]:
     """What one rank computes in one step.
 
     The step's rows are the positions step * rows to (step + 1) * rows - 1, whatever the world size: micro-batch m of rank
@@ -159,19 +157,24 @@ def collate(rows: Sequence[Row], positions: Sequence[int], *, capacity: int, ste
     offsets = np.arange(len(rows[0].tokens), dtype=np.int64)
     num_tokens = np.array([row.num_tokens for row in rows])
     targets[(offsets >= num_tokens[:, None] - 1).reshape(-1)] = 0
-    arrays = {
-        "tokens": tokens,
-        "positions": np.arange(total, dtype=np.int64) - np.repeat(ends - lengths, lengths),
-        "cu_seqlens": cu_seqlens,
-        "targets": targets,
-        "loss_weights": shifted,
-        "trained": np.flatnonzero(shifted),
-        "row_keys": ((np.array(positions, np.int64) << 24)[:, None] + offsets).reshape(-1),
-        "source_ids": np.repeat(sources, lengths),
-    }
-    pinned = torch.cuda.is_available()
-    tensors = {name: torch.from_numpy(array).pin_memory() if pinned else torch.from_numpy(array) for name, array in arrays.items()}
-    return Batch(**tensors, document_lengths=tuple(lengths.tolist()), num_tokens=int(num_tokens.sum()), step=step)
+    return Batch(
+        tokens=_tensor(tokens),
+        positions=_tensor(np.arange(total, dtype=np.int64) - np.repeat(ends - lengths, lengths)),
+        cu_seqlens=_tensor(cu_seqlens),
+        targets=_tensor(targets),
+        loss_weights=_tensor(shifted),
+        trained=_tensor(np.flatnonzero(shifted)),
+        row_keys=_tensor(((np.array(positions, np.int64) << 24)[:, None] + offsets).reshape(-1)),
+        source_ids=_tensor(np.repeat(sources, lengths)),
+        document_lengths=tuple(lengths.tolist()),
+        num_tokens=int(num_tokens.sum()),
+        step=step,
+    )
+
+
+def _tensor(array: NDArray[np.generic]) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def prefetch(build: Callable[[int], list[Batch]], steps: Iterable[int]) -> Generator[tuple[list[Batch], float], None, None]:

@@ -163,7 +163,7 @@ def shard_key(cfg: SftRun, split: Literal["train", "eval"], fingerprint: str) ->
         "version": DATA_VERSION,
         "data": cfg.data.model_dump(mode="json", exclude=NOT_IN_KEY),
         "datasets": [
-            [name, dataset.model_dump(mode="json", exclude={"path"}), [_identity(file) for file in resolve_files(name, dataset)]]
+            [name, dataset.model_dump(mode="json", exclude={"path"}), [_identity(file) for file in resolve_files(name, dataset, split)]]
             for name, dataset in datasets.items()
         ],
         "tokenizer": fingerprint,

@@ -56,7 +56,7 @@ def plan_units(split: str, datasets: dict[str, Dataset], unit_mb: float) -> tupl
     units: list[Unit] = []
     for source_id, (source, dataset) in enumerate(datasets.items()):
         left = dataset.limit
-        for file in resolve_files(source, dataset):
+        for file in resolve_files(source, dataset, split):
             for start, stop in split_ranges(file, max(1, int(unit_mb * 1e6))):
                 if left == 0:
                     break

@@ -109,6 +109,13 @@ def layers_of(module: nn.Module, path: str) -> nn.ModuleList:
     return cast(nn.ModuleList, module.get_submodule(path))
 
 
+def load_plain(model: Model, dtype: torch.dtype) -> Any:
+    """The model as transformers itself loads and runs it, to compare with."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=model.trust_remote_code).eval()
+
+
 def materialise(module: PreTrainedModel, model: Model, seed: int, device: str) -> None:
     """Give every tensor its storage and value: base weights from files (or drawn), adapters drawn, buffers recomputed.
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from rayft.parallel.mesh import Mesh
 
-def shard(module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compute: torch.dtype, reduce: torch.dtype) -> None:
+
+def shard(module: nn.Module, layers: nn.ModuleList, mesh: Mesh, compute: torch.dtype, reduce: torch.dtype) -> None:
     """Shard in place. Gradients come out as *sums* over ranks, so that the step alone divides.
 
     The root keeps its parameters gathered after the forward, because its backward follows at once; `reshard_root` frees
@@ -23,7 +24,7 @@ def shard(module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, compute: t
         compute: type of parameters in forward and backward.
         reduce: type in which gradients are summed.
     """
-    axis = mesh["dp_shard"]
+    axis = mesh.axes["dp_shard"]
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
     for layer in layers:
         fully_shard(layer, mesh=axis, mp_policy=policy, reshard_after_forward=True)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from rayft.config.schema import Parallel
 from rayft.models.load import layers_of
 from rayft.parallel import activation, fsdp
+from rayft.parallel.mesh import Mesh
 from rayft.types import ModelSpec
 
 
-def parallelize(module: Any, spec: ModelSpec, parallel: Parallel, mesh: DeviceMesh, compute: torch.dtype, reduce: torch.dtype) -> None:
+def parallelize(module: Any, spec: ModelSpec, parallel: Parallel, mesh: Mesh, compute: torch.dtype, reduce: torch.dtype) -> None:
     """Checkpointing, then compile, then FSDP2. Tensor and pipeline parallelism would come first.
 
     Args:

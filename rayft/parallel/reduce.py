@@ -1,4 +1,4 @@
-"""Sums over ranks that name a mesh axis."""
+"""Sums over the ranks of a mesh axis."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 
-def sum_over(value: Tensor, mesh: DeviceMesh, axis: str) -> Tensor:
-    """The elementwise sum of `value` over the ranks of a (flattened) axis; a new tensor on every rank."""
+def sum_over(value: Tensor, axis: DeviceMesh) -> Tensor:
+    """The elementwise sum of `value` over the ranks of a one-dimensional mesh, such as `Mesh.loss`; new on every rank."""
     total = value.detach().clone()
-    dist.all_reduce(total, group=mesh[axis].get_group())
+    dist.all_reduce(total, group=axis.get_group())
     return total

@@ -6,19 +6,19 @@ import logging
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from rayft.config.schema import SftRun
 from rayft.models import adapt, heads, load, patch
 from rayft.models.spec import spec_of
 from rayft.parallel import attention
+from rayft.parallel.mesh import Mesh
 from rayft.parallel.parallelize import parallelize
 from rayft.types import Session
 
 log = logging.getLogger("rayft")
 
 
-def build_model(cfg: SftRun, session: Session, mesh: DeviceMesh) -> Any:
+def build_model(cfg: SftRun, session: Session, mesh: Mesh) -> Any:
     """Build on meta, adapt, patch, parallelize, materialise.
 
     Args:

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from rayft.parallel import fsdp, reduce
+from rayft.parallel.mesh import Mesh
 from rayft.types import Batch, LossFn, Metrics, Need
 
 
-def forward_backward(parts: Sequence[Any], batches: Sequence[Batch], loss_fn: LossFn, need: Need, mesh: DeviceMesh) -> tuple[Metrics, Tensor]:
+def forward_backward(parts: Sequence[Any], batches: Sequence[Batch], loss_fn: LossFn, need: Need, mesh: Mesh) -> tuple[Metrics, Tensor]:
     """Accumulate the gradient of (sum of losses) / (sum of loss weights), both over all micro-batches of all ranks.
 
     Every rank must bring the same number of micro-batches; one with nothing to train on has weights 0.
@@ -24,13 +24,13 @@ def forward_backward(parts: Sequence[Any], batches: Sequence[Batch], loss_fn: Lo
         batches: this rank's micro-batches, on its device.
         loss_fn: pure loss, a sum.
         need: which terms the loss reads.
-        mesh: reductions run over its "loss" axis.
+        mesh: reductions run over its loss axis.
 
     Returns:
         (sums over all ranks by metric name: "train/loss" and what `loss_fn` reported; the divisor), all on the device.
     """
     weights = torch.stack([batch.loss_weights.sum() for batch in batches]).sum()
-    total = reduce.sum_over(weights, mesh, "loss")
+    total = reduce.sum_over(weights, mesh.loss)
     divisor = torch.where(total > 0, total, torch.ones_like(total))
     sums: Metrics = {}
     for index, batch in enumerate(batches):
@@ -41,7 +41,7 @@ def forward_backward(parts: Sequence[Any], batches: Sequence[Batch], loss_fn: Lo
         for name, value in {"train/loss": loss.detach(), **metrics}.items():
             sums[name] = sums[name] + value if name in sums else value
     names = list(sums)
-    reduced = reduce.sum_over(torch.stack([sums[name].float() for name in names]), mesh, "loss")
+    reduced = reduce.sum_over(torch.stack([sums[name].float() for name in names]), mesh.loss)
     return dict(zip(names, reduced.unbind(), strict=True)), divisor
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from types import TracebackType
 from typing import Any, final
@@ -32,7 +32,7 @@ from rayft.optim.schedules import lr_at
 from rayft.parallel.mesh import build_mesh
 from rayft.losses.supervised import first_loss_warning
 from rayft.train.build import build_model
-from rayft.train.evaluate import evaluate
+from rayft.train.evaluate import eval_batches, evaluate
 from rayft.train.meter import Meter
 from rayft.train.step import update
 from rayft.types import Batch, Callback, Launch, LossFn, Metrics, Need, Session
@@ -192,17 +192,9 @@ class Trainer:
             return
         self._flush()
         started = time.perf_counter()
-        loss, weights = evaluate(self.parts[0], self._eval_batches(self.eval_reader), self.loss_fn, self.need, self.mesh)
+        batches = eval_batches(self.eval_reader, self.session, self.cfg.batch.micro_rows, self.cfg.eval.max_rows)
+        loss, weights = evaluate(self.parts[0], batches, self.loss_fn, self.need, self.mesh)
         self.meter.exclude(time.perf_counter() - started)
         if self.log is not None:
             self.log.write(self.step, {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/num_tokens": weights})
         self.event("evaluated", self.step, loss=loss)
-
-    def _eval_batches(self, reader: Reader) -> Iterator[Batch]:
-        rows = min(reader.num_rows, self.cfg.eval.max_rows or reader.num_rows)
-        per_round = self.cfg.batch.micro_rows * self.session.world_size
-        build: Callable[[int], list[Batch]] = lambda index: micro_batches(  # noqa: E731
-            reader, index, rows=per_round, micro_rows=self.cfg.batch.micro_rows, rank=self.session.rank, world=self.session.world_size, limit=rows
-        )
-        for batches, _ in prefetch(build, range(-(-rows // per_round))):
-            yield from (batch.to(self.session.device) for batch in batches)

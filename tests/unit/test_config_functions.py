@@ -123,15 +123,21 @@ def test_a_worker_loads_it_where_the_path_is_absent_too(
 
 def test_a_module_that_differs_on_the_worker_is_refused(project: Path) -> None:
     function = replace(resolve("userpkg.alone:score"), sha256="0" * 64)
-    with pytest.raises(ConfigError, match="alone.py differs from the source that this command started with"):
+    with pytest.raises(ConfigError, match=r"alone\.py differs from the source that this command started with"):
         load_function(function)
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("./none.py:fire", "user function = './none.py:fire': there is no file {cwd}/none.py. Give its path from the folder where the command starts."),
-        ("hooks:", "user function = 'hooks:': must read module:function or ./file.py:function. Name one function, such as ./hooks.py:on_step."),
+        (
+            "./none.py:fire",
+            "user function = './none.py:fire': there is no file {cwd}/none.py. Give its path from the folder where the command starts.",
+        ),
+        (
+            "hooks:",
+            "user function = 'hooks:': must read module:function or ./file.py:function. Name one function, such as ./hooks.py:on_step.",
+        ),
         ("hooks.py", "must read module:function"),
         ("a-b:fire", "must read module:function"),
         ("a:b.c", "must read module:function"),

@@ -95,7 +95,11 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text("abc {}[],:#'\"\\\n-_01e.~&*!|>%@"),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text("abc {}[],:#'\"\\\n-_01e.~&*!|>%@"),
     lambda item: st.lists(item, max_size=4) | st.dictionaries(st.text("abc:#1~ ", max_size=5), item, max_size=4),
     max_leaves=8,
 )
@@ -108,7 +112,7 @@ def test_an_override_takes_any_json_value(value: object) -> None:
 
 @given(st.lists(st.from_regex(r"[a-z_]{1,6}", fullmatch=True), min_size=1, max_size=5), st.integers())
 def test_an_override_nests_by_its_dots(names: list[str], value: int) -> None:
-    nested = load_module._assignment(f"{'.'.join(names)}={value}")
+    nested: Any = load_module._assignment(f"{'.'.join(names)}={value}")
     for name in names:
         assert list(nested) == [name]
         nested = nested[name]
@@ -116,7 +120,9 @@ def test_an_override_nests_by_its_dots(names: list[str], value: int) -> None:
 
 
 def test_later_files_win_key_by_key_and_overrides_win_over_files(tmp_path: Path, minimal: Path) -> None:
-    base = write(tmp_path / "base.yaml", "optim: {lr: 1e-3, beta1: 0.5}\nrun: {seed: 3, callbacks: ['a:b', 'c:d']}\ncheckpoint: {every: 5}\n")
+    base = write(
+        tmp_path / "base.yaml", "optim: {lr: 1e-3, beta1: 0.5}\nrun: {seed: 3, callbacks: ['a:b', 'c:d']}\ncheckpoint: {every: 5}\n"
+    )
     over = write(tmp_path / "over.yaml", "optim: {lr: 2e-3}\nrun: {callbacks: ['e:f']}\n")
     cfg = load([base, minimal, over], ["optim.beta1=0.6", "data.train.gsm8k.limit=10", "checkpoint.every=null", "run.dir=a=b"])
     assert (cfg.optim.lr, cfg.optim.beta1, cfg.run.seed) == (2e-3, 0.6, 3)
@@ -151,7 +157,10 @@ def test_names_of_sources_are_text_as_written(minimal: Path) -> None:
     ("text", "message"),
     [
         ("a: 1\nb: {c: 2, c: 3}\n", "{file}, line 2, column 11: not valid YAML: the key c appears twice. Correct it, or quote the value."),
-        ("a: 1\nb: [\n", "{file}, line 3, column 1: not valid YAML: expected the node content, but found '<stream end>'. Correct it, or quote the value."),
+        (
+            "a: 1\nb: [\n",
+            "{file}, line 3, column 1: not valid YAML: expected the node content, but found '<stream end>'. Correct it",
+        ),
         ("a: b: c\n", "{file}, line 1, column 5: not valid YAML: mapping values are not allowed here. Correct it, or quote the value."),
         ("a: &a [*a]\n", "{file}, line 1, column 4: not valid YAML: found unconstructable recursive node. Correct it, or quote the value."),
         ("? [a]\n: 1\n", "{file}, line 1, column 3: not valid YAML: a key must be text. Correct it, or quote the value."),
@@ -185,7 +194,10 @@ def test_malformed_overrides_are_refused(override: str) -> None:
         ("batch.rows=8.0", "batch.rows = 8.0: must be an integer >= 1. Run rayft config-schema --field batch.rows for its meaning."),
         ("data.pack=on", "data.pack = 'on': must be true or false. Run rayft config-schema --field data.pack for its meaning."),
         ("run.seed=null", "run.seed: is null but must be an integer >= 0. Run rayft config-schema --field run.seed for its meaning."),
-        ("eval=", "eval: is null but must be a mapping with keys among every, at_start, max_rows. Remove the line, or indent keys below it."),
+        (
+            "eval=",
+            "eval: is null but must be a mapping with keys among every, at_start, max_rows. Remove the line, or indent keys below it.",
+        ),
         ("adapter.targets=[q_proj, 3]", "adapter.targets = ['q_proj', 3]: must be text or a list, each item text. Run"),
         ("optim.warmup=-1", "optim.warmup = -1: must be an integer >= 0 or a finite number >= 0 and <= 1. Run"),
         ("run.callbacks=[a:b, 3]", "run.callbacks.1 = 3: must be text. Run rayft config-schema --field run.callbacks for its meaning."),
@@ -296,7 +308,11 @@ def test_differences_name_what_changed(minimal: Path) -> None:
     old = load([minimal], two)
     new = load([minimal], [*two, "optim.lr=1e-3", "run.callbacks=[a:b]", "data.eval.held={path: held.jsonl}"])
     assert differences(old, old) == []
-    assert [(field, before) for field, before, _ in differences(old, new)] == [("run.callbacks", ()), ("data.eval.held", None), ("optim.lr", 1e-5)]
+    assert [(field, before) for field, before, _ in differences(old, new)] == [
+        ("run.callbacks", ()),
+        ("data.eval.held", None),
+        ("optim.lr", 1e-5),
+    ]
     assert [after for _, _, after in differences(old, new)][::2] == [("a:b",), 1e-3]
 
 

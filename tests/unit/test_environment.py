@@ -16,7 +16,17 @@ from rayft.errors import ConfigError
 @pytest.mark.parametrize("name", ["DO_NOT_TRACK", "RAYFT_DO_NOT_TRACK"])
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [("1", True), ("true", True), (" TRUE\n", True), ("True", True), ("0", False), ("", False), ("yes", False), ("11", False), ("false", False)],
+    [
+        ("1", True),
+        ("true", True),
+        (" TRUE\n", True),
+        ("True", True),
+        ("0", False),
+        ("", False),
+        ("yes", False),
+        ("11", False),
+        ("false", False),
+    ],
 )
 def test_opt_out(name: str, value: str, expected: bool) -> None:
     assert opt_out({name: value}) is expected

@@ -119,10 +119,8 @@ def test_the_rows_of_a_step_do_not_depend_on_how_it_is_split(folder: Path, step:
 
 def test_ranks_hold_the_slots_that_the_contract_names(folder: Path) -> None:
     source = reader(folder, shuffle=False)
-    tokens = [
-        [[int(batch.tokens[0]) - 1, int(batch.tokens[SEQ_LEN]) - 1] for batch in micro_batches(source, 0, rows=9, micro_rows=2, rank=rank, world=3)]
-        for rank in range(3)
-    ]
+    ranks = [micro_batches(source, 0, rows=9, micro_rows=2, rank=rank, world=3) for rank in range(3)]
+    tokens = [[[int(batch.tokens[0]) - 1, int(batch.tokens[SEQ_LEN]) - 1] for batch in batches] for batches in ranks]
     assert tokens == [[[0, 1], [6, 7]], [[2, 3], [8, -1]], [[4, 5], [-1, -1]]]
 
 
