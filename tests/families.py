@@ -13,17 +13,38 @@ from rayft.types import Batch
 
 VOCAB = 257  # prime, so that shards are uneven
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
 }
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": False}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
-    "llama3_rope": ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+    "llama3_rope": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"tie_word_embeddings": True}),
     "mistral_window": ("mistral", {"sliding_window": 8}),
-    "gemma2": ("gemma2", {"sliding_window": 8, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0}),
+    "gemma2": (
+        "gemma2",
+        {"sliding_window": 8, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0},
+    ),
     "gemma3": ("gemma3_text", {"sliding_window": 8, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2}),
     "granite": ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.3}),
     "cohere": ("cohere", {"logit_scale": 0.25}),
@@ -60,6 +81,13 @@ def make_rows(lengths: list[list[int]], seed: int = 0) -> list[Row]:
         total = sum(documents)
         weights = rng.random(total).astype(np.float32) * (rng.random(total) < 0.7)
         rows.append(
-            Row(index, rng.integers(3, VOCAB, total).astype(np.int32), weights.astype(np.float32), np.array(documents, np.int32), np.zeros(len(documents), np.int32), total)
+            Row(
+                index,
+                rng.integers(3, VOCAB, total).astype(np.int32),
+                weights.astype(np.float32),
+                np.array(documents, np.int32),
+                np.zeros(len(documents), np.int32),
+                total,
+            )
         )
     return rows

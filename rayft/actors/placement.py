@@ -34,7 +34,7 @@ class Need:
 
 
 def resolve_device(parallel: Parallel, resources: Mapping[str, float]) -> str:
-    """"cpu" or "cuda": as configured, and for auto on GPUs when the cluster has any."""
+    """ "cpu" or "cuda": as configured, and for auto on GPUs when the cluster has any."""
     if parallel.device != "auto":
         return parallel.device
     return "cuda" if resources.get("GPU", 0) >= 1 else "cpu"
@@ -68,7 +68,8 @@ def check_cluster(need: Need, resources: Mapping[str, float]) -> None:
         raise ResourceError("parallel.workers", need.workers, f"needs {_count(need.gpus, 'GPU')}, the cluster has {gpus}", remedy)
     if need.cpus > cpus:
         raise ResourceError(
-            "parallel.workers", need.workers,
+            "parallel.workers",
+            need.workers,
             f"needs {_count(need.cpus, 'CPU')}, {DATA_CPUS} of them for Ray Data, the cluster has {cpus}",
             "Lower parallel.workers, with the same result, or parallel.cpus_per_worker, or add nodes",
         )
@@ -78,8 +79,8 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def start_ray(environ: Mapping[str, str], *, log_to_driver: bool = True) -> None:
-    """Connect to the cluster that `environ` points at (a Ray job, RAY_ADDRESS), or start one on this machine.
+def start_ray() -> None:
+    """Connect to the cluster that the environment points at (a Ray job, RAY_ADDRESS), or start one on this machine.
 
     Does nothing when this process is connected already.
     """
@@ -89,10 +90,27 @@ def start_ray(environ: Mapping[str, str], *, log_to_driver: bool = True) -> None
 
     if ray.is_initialized():
         return
-    if in_ray_job(environ):
+    if in_ray_job():
         ray.init()
     else:
-        ray.init(num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1), include_dashboard=False, log_to_driver=log_to_driver)
+        # With the dashboard: Ray Train's cleaner asks its state API whether a controller is dead and its workers' CPUs are free again.
+        ray.init(address="local", num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1), include_dashboard=True)
+
+
+def resources_in_reach() -> dict[str, float]:
+    """Of the cluster that the environment points at, else of this machine, as `ray.cluster_resources()` names them."""
+    from rayft.config.environment import in_ray_job, prepare_process
+
+    if in_ray_job():
+        prepare_process()
+        start_ray()
+        import ray
+
+        return dict(ray.cluster_resources())
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"CPU": float(max(LOCAL_CPUS, os.cpu_count() or 1)), "GPU": float(torch.cuda.device_count()), "memory": float(memory)}
 
 
 def derive_steps(num_rows: int, rows: int, epochs: float, max_steps: int | None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from rayft.config import environment, functions, load
 from rayft.config.paths import absolute
 from rayft.config.schema import SftRun
 from rayft.data.shards import read_manifest
+from rayft.observe.console import show_messages
 from rayft.observe.progress import follow
 from rayft.types import Launch
 
@@ -41,10 +41,15 @@ class Run:
         manifest = read_manifest(train_shards)
         cfg = self.cfg
         return Launch(
-            cfg=cfg, run_dir=self.run_dir, train_shards=train_shards, eval_shards=eval_shards,
+            cfg=cfg,
+            run_dir=self.run_dir,
+            train_shards=train_shards,
+            eval_shards=eval_shards,
             identity={"training rows": manifest.key, "base weights": _base_identity(cfg)},
             total_steps=placement.derive_steps(manifest.totals["rows"], cfg.batch.rows, cfg.run.epochs, cfg.run.max_steps),
-            device_type=self.device_type, local=self.local, callbacks=tuple(functions.resolve(spec) for spec in cfg.run.callbacks),
+            device_type=self.device_type,
+            local=self.local,
+            callbacks=tuple(functions.resolve(spec) for spec in cfg.run.callbacks),
         )
 
     def progress(self, launch: Launch) -> AbstractContextManager[None]:
@@ -53,7 +58,12 @@ class Run:
 
     def say_where(self) -> None:
         """Print what the run left, and where."""
-        for name, what in (("metrics.jsonl", "metrics"), ("checkpoints", "checkpoints"), ("export", "export"), ("export-merged", "merged export")):
+        for name, what in (
+            ("metrics.jsonl", "metrics"),
+            ("checkpoints", "checkpoints"),
+            ("export", "export"),
+            ("export-merged", "merged export"),
+        ):
             if (self.run_dir / name).exists():
                 print(f"{what + ':':15}{self.run_dir / name}")
 
@@ -67,7 +77,8 @@ def open_run(cfg: SftRun, local: bool) -> Iterator[Run]:
         ResourceError: the cluster is too small.
         InfrastructureError: another driver holds the directory.
     """
-    environment.prepare_process(os.environ)
+    environment.prepare_process()
+    show_messages()
     for spec in cfg.run.callbacks:
         functions.load_function(functions.resolve(spec))
     cfg = absolute(cfg)
@@ -90,7 +101,7 @@ def _check_resume(cfg: SftRun, run_dir: Path) -> None:
 def _place(cfg: SftRun) -> str:
     import ray
 
-    placement.start_ray(os.environ)
+    placement.start_ray()
     resources = ray.cluster_resources()
     device = placement.resolve_device(cfg.parallel, resources)
     placement.check_cluster(placement.need_of(cfg.parallel, device), resources)

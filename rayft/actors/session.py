@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+from rayft.observe.console import show_messages
 from rayft.types import Launch, Session
+
 
 @contextmanager
 def open_session(launch: Launch) -> Iterator[Session]:
     """The session of this worker. In a local run it owns a process group of one rank while it is open."""
+    show_messages()
     if launch.local:
         with _group_of_one(launch):
             yield _local_session(launch)
@@ -45,8 +48,13 @@ def _ray_session(launch: Launch) -> Session:
 
     device = ray.train.torch.get_device() if launch.device_type == "cuda" else "cpu"
     return Session(
-        rank=context.get_world_rank(), world_size=context.get_world_size(), local_rank=context.get_local_rank(), device=str(device),
-        run_dir=launch.run_dir, report=report, deadline_s=launch.cfg.run.deadline_s,
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        local_rank=context.get_local_rank(),
+        device=str(device),
+        run_dir=launch.run_dir,
+        report=report,
+        deadline_s=launch.cfg.run.deadline_s,
     )
 
 
@@ -68,9 +76,7 @@ def _group_of_one(launch: Launch) -> Iterator[None]:
     import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if launch.device_type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=launch.cfg.run.deadline_s)
-    )
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=launch.cfg.run.deadline_s))
     try:
         yield
     finally:

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -52,12 +51,15 @@ def fit(worker: Worker, launch: Launch) -> None:
         if failures < allowed:
             log.warning("starting again from the newest checkpoint (restart %d of %d)", failures + 1, allowed)
     raise InfrastructureError(
-        "run.max_failures", allowed, f"the run died once more than that; the last cause was: {death}", "Look into the cause, then run the same command again to resume"
+        "run.max_failures",
+        allowed,
+        f"the run died once more than that; the last cause was: {death}",
+        "Look into the cause, then run the same command again to resume",
     )
 
 
 def _trainer(worker: Worker, launch: Launch) -> Any:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from rayft.actors.placement import worker_resources
@@ -67,13 +69,16 @@ def _trainer(worker: Worker, launch: Launch) -> Any:
     return TorchTrainer(
         functools.partial(worker, launch),
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s=int(cfg.run.deadline_s)),
-        scaling_config=ScalingConfig(num_workers=cfg.parallel.workers, use_gpu=gpu, resources_per_worker=worker_resources(cfg.parallel, launch.device_type)),
+        scaling_config=ScalingConfig(
+            num_workers=cfg.parallel.workers, use_gpu=gpu, resources_per_worker=worker_resources(cfg.parallel, launch.device_type)
+        ),
         run_config=RunConfig(
             name=resume.checkpoints_dir(launch.run_dir).name,
             storage_path=str(launch.run_dir),
             failure_config=FailureConfig(max_failures=0),
             checkpoint_config=CheckpointConfig(num_to_keep=cfg.checkpoint.keep),
-            worker_runtime_env={"env_vars": worker_environment(os.environ)},
+            logging_config=LoggingConfig(log_level="WARNING"),
+            worker_runtime_env={"env_vars": worker_environment()},
         ),
     )
 
@@ -108,7 +113,9 @@ def _is_death(error: BaseException) -> bool:
 def _is_echo(error: BaseException) -> bool:
     import torch.distributed as dist
 
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in ("onnection closed", "gloo", "Gloo", "NCCL")))
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in ("onnection closed", "gloo", "Gloo", "NCCL"))
+    )
 
 
 def _first_line(error: BaseException) -> str:

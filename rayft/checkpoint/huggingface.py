@@ -97,7 +97,9 @@ def export_full(module: Any, model: Model, dtype: torch.dtype, target: Path) -> 
 
 def _merged(module: Any) -> dict[str, Tensor]:
     """Checkpoint name -> weight, with W + scaling B A in float32 where there is an adapter; the model keeps its own."""
-    parameters = {hf_name(name): p.detach() for name, p in module.named_parameters() if not is_adapter(name) and ".original_module." not in name}
+    parameters = {
+        hf_name(name): p.detach() for name, p in module.named_parameters() if not is_adapter(name) and ".original_module." not in name
+    }
     for name, part in module.named_modules():
         if hasattr(part, "lora_A") and "default" in part.lora_A:
             key = f"{hf_name(name + '.')}weight"

@@ -25,8 +25,20 @@ LEASE_EXPIRES_S = 60.0
 LEASE_BEAT_S = 10.0
 
 MAY_CHANGE = (
-    "run.dir", "run.max_failures", "run.stop_at", "run.deadline_s", "run.callbacks", "parallel", "batch.micro_rows", "checkpoint", "eval", "export",
-    "data.actors", "data.cache_dir", "data.eval", "model.path",
+    "run.dir",
+    "run.max_failures",
+    "run.stop_at",
+    "run.deadline_s",
+    "run.callbacks",
+    "parallel",
+    "batch.micro_rows",
+    "checkpoint",
+    "eval",
+    "export",
+    "data.actors",
+    "data.cache_dir",
+    "data.eval",
+    "model.path",
 )
 """Fields and sections that a resumed run may have otherwise: none of them changes which rows a step sees or what it learns
 from them. model.path may move, because the weights' identity is checked on its own."""
@@ -93,7 +105,9 @@ def refuse_changes(changes: Iterable[tuple[str, object, object]]) -> None:
     bad = [change for change in changes if not any(change[0] == may or change[0].startswith(may + ".") for may in MAY_CHANGE)]
     if bad:
         listed = "; ".join(f"{field} was {old!r} and is {new!r}" for field, old, new in bad)
-        raise ConfigError("run.name", None, f"this run was started with another configuration: {listed}", "Restore these values, or choose a new run.name")
+        raise ConfigError(
+            "run.name", None, f"this run was started with another configuration: {listed}", "Restore these values, or choose a new run.name"
+        )
 
 
 @contextmanager
@@ -118,7 +132,9 @@ def lease(run_dir: Path, owner: str) -> Iterator[None]:
         holder = _read_lease(file)
         if holder is not None and _alive(holder):
             raise InfrastructureError(
-                "run directory", str(run_dir), f"is in use by {holder['owner']} (process {holder['pid']} on {holder['host']})",
+                "run directory",
+                str(run_dir),
+                f"is in use by {holder['owner']} (process {holder['pid']} on {holder['host']})",
                 f"Wait for it to end, or choose another run.name; a dead owner's lease ends after {LEASE_EXPIRES_S:.0f} s",
             )
         _write_lease(file, mine)

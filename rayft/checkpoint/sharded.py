@@ -44,7 +44,9 @@ class Checkpointer:
         self.group = dist.new_group(backend="gloo")
         self.in_flight: Future[Any] | None = None
 
-    def save(self, step: int, parts: Sequence[Any], optimizer: torch.optim.Optimizer, progress: Mapping[str, Any], metrics: dict[str, float]) -> float:
+    def save(
+        self, step: int, parts: Sequence[Any], optimizer: torch.optim.Optimizer, progress: Mapping[str, Any], metrics: dict[str, float]
+    ) -> float:
         """Start a save of everything that resuming needs.
 
         Args:
@@ -76,7 +78,10 @@ class Checkpointer:
                     _commit(directory, record)
             except (OSError, TimeoutError, dcp.CheckpointException) as problem:
                 raise InfrastructureError(
-                    "checkpoint", str(directory), f"could not be written ({type(problem).__name__}: {problem})", "Make room on that storage and run the same command again"
+                    "checkpoint",
+                    str(directory),
+                    f"could not be written ({type(problem).__name__}: {problem})",
+                    "Make room on that storage and run the same command again",
                 ) from problem
 
         self.session.report(metrics, directory, finish)
@@ -100,7 +105,12 @@ class Checkpointer:
             dcp.load(_state(parts, optimizer), checkpoint_id=str(directory), process_group=self.group)
         except (dcp.CheckpointException, OSError, RuntimeError, ValueError, KeyError) as problem:
             cause = str(problem).strip().split("\n")[0]
-            raise DataError("checkpoint", str(directory), f"cannot be read ({type(problem).__name__}: {cause})", "Delete that folder to resume from an older one, or choose a new run.name") from problem
+            raise DataError(
+                "checkpoint",
+                str(directory),
+                f"cannot be read ({type(problem).__name__}: {cause})",
+                "Delete that folder to resume from an older one, or choose a new run.name",
+            ) from problem
 
 
 def _state(parts: Sequence[Any], optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, Tensor]]:

@@ -18,7 +18,7 @@ FORWARDED = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
 FOLDERS = ("HF_HOME", "HF_HUB_CACHE")
 
 
-def opt_out(environ: Mapping[str, str]) -> bool:
+def opt_out(environ: Mapping[str, str] = os.environ) -> bool:
     """True when the user asks not to be tracked: DO_NOT_TRACK or RAYFT_DO_NOT_TRACK is 1 or true, in any case, spaces aside.
 
     rayft itself reports nothing to anyone; the answer is passed on to the libraries that do.
@@ -26,7 +26,7 @@ def opt_out(environ: Mapping[str, str]) -> bool:
     return any(environ.get(name, "").strip().lower() in ("1", "true") for name in ("DO_NOT_TRACK", "RAYFT_DO_NOT_TRACK"))
 
 
-def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
+def worker_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Variables for every process of the run, for the `env_vars` of a Ray runtime environment. Holds no secrets.
 
     Folders are made absolute, because Ray starts workers in a folder of their own.
@@ -36,7 +36,7 @@ def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return chosen | {"TOKENIZERS_PARALLELISM": "false"} | (OPTED_OUT if opt_out(environ) else {})
 
 
-def prepare_process(environ: MutableMapping[str, str]) -> None:
+def prepare_process(environ: MutableMapping[str, str] = os.environ) -> None:
     """Sets up this process; to be called before ray is imported, which reads its variables once, on import."""
     environ.update(worker_environment(environ))
     environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # with the patch a worker's print shows twice on the driver
@@ -44,7 +44,7 @@ def prepare_process(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under `uv run`, every worker would resolve the environment again
 
 
-def in_ray_job(environ: Mapping[str, str]) -> bool:
+def in_ray_job(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the environment names a cluster to join, so that Ray must be started bare, without resources or runtime_env.
 
     RAY_ADDRESS is set for the entrypoint of `ray job submit`, in KubeRay pods and by users; RAY_JOB_CONFIG_JSON_ENV_VAR for

@@ -116,6 +116,8 @@ def turn_span(messages: Sequence[Message], index: int, whole: str, render: Rende
     message = messages[index]
     start = _prefix_length(messages[:index], True, whole, render) if message["role"] == "assistant" else None
     closed = whole if index == len(messages) - 1 else _render_or_none(messages[: index + 1], False, render)
+    if closed is None and message["role"] == "assistant":
+        return None  # its end-of-turn tokens are unknown
     mark = find_mark(closed or "")
     end = (len(closed.rstrip()) if mark else len(closed)) if closed and whole.startswith(closed) else None
     if start is None or end is None:
@@ -123,7 +125,7 @@ def turn_span(messages: Sequence[Message], index: int, whole: str, render: Rende
         if frame is None:
             return None
         start = frame[0] if start is None else start
-        if end is None:
+        if end is None or end < frame[1]:  # a message alone may render to nothing and be shown with the next one
             rest = whole[frame[1] :]
             space = len(rest) - len(rest.lstrip())
             end = frame[1] + (space + len(mark) if mark and rest.startswith(mark, space) else 0)
@@ -138,7 +140,7 @@ def mark_finder(special: Collection[str]) -> FindMark:
     def find_mark(text: str) -> str:
         text = text.rstrip()
         start = len(text)
-        while length := next((n for n in lengths if text[max(0, start - n) : start] in tokens), 0):
+        while length := next((n for n in lengths if n <= start and text[start - n : start] in tokens), 0):
             start -= length
         return text[start:]
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rayft.data.shards import committed_file
 from rayft.errors import InfrastructureError
 
 log = logging.getLogger("rayft")
@@ -45,7 +44,7 @@ def exclusive(lock: Path, deadline_s: float) -> Iterator[None]:
         beat.join()
         found = _state(lock)
         if found is not None and found[0] == name:
-            lock.unlink()
+            lock.unlink(missing_ok=True)
 
 
 def _acquire(lock: Path, name: str, deadline_s: float) -> None:
@@ -55,15 +54,16 @@ def _acquire(lock: Path, name: str, deadline_s: float) -> None:
         found, now = _state(lock), time.monotonic()
         if found is None:
             continue
+        holder = found[0].rpartition(" ")[0]
         if seen is None:
-            log.info("waiting for process %s, which packs the same rows", found[0])
+            log.info("waiting for %s (host, process), which holds %s", holder, lock)
         if found != seen:
             seen, changed = found, now
         if _is_gone(found[0]) or now - changed > STALE_S:
-            if _take_over(lock, name):
+            if _take_over(lock, found, name):
                 return
         elif now - started > deadline_s:
-            rule = f"process {found[0]} still packs the same rows after {deadline_s:.0f} s"
+            rule = f"{holder} (host, process) still holds it after {deadline_s:.0f} s"
             raise InfrastructureError(str(lock), None, rule, "Wait for it to end and run again, or raise run.deadline_s")
         time.sleep(POLL_S)
 
@@ -78,13 +78,17 @@ def _create(lock: Path, name: str) -> bool:
     return True
 
 
-def _take_over(lock: Path, name: str) -> bool:
-    """Put this name into a dead holder's lock; of several that do so, the one that finds its name there later on has it."""
-    with committed_file(lock) as temporary:
-        temporary.write_text(name)
+def _take_over(lock: Path, found: tuple[str, int], name: str) -> bool:
+    """Put this name into a dead holder's lock. Of several that do so at once, the one whose name stays has it."""
+    temporary = lock.with_name(f".{lock.name}.{name.split()[-1]}.tmp")
+    temporary.write_text(name)
+    if _state(lock) != found:
+        temporary.unlink()
+        return False
+    temporary.replace(lock)
     time.sleep(2 * POLL_S)
-    found = _state(lock)
-    return found is not None and found[0] == name
+    left = _state(lock)
+    return left is not None and left[0] == name
 
 
 def _state(lock: Path) -> tuple[str, int] | None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 import pickle
+import socket
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -22,7 +24,7 @@ from rayft.data.lock import exclusive
 from rayft.data.packing import pack
 from rayft.data.sources import row_place
 from rayft.data.units import Unit, plan_units
-from rayft.errors import DataError, RayftError
+from rayft.errors import ConfigError, DataError, RayftError
 from rayft.models.tokenizer import fingerprint, load_tokenizer, template_text
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ def prepare(cfg: SftRun, split: Literal["train", "eval"], *, use_ray: bool) -> P
 
     Raises:
         DataError: files are missing or malformed, no row can be used, or shards on disk are damaged.
+        ConfigError: the folder is not the same on every node.
         InfrastructureError: another process kept the folder's lock for longer than `run.deadline_s`.
     """
     tokenizer = load_tokenizer(cfg.model)
@@ -77,7 +80,7 @@ def prepare(cfg: SftRun, split: Literal["train", "eval"], *, use_ray: bool) -> P
     directory = cache / f"{split}-{key[:16]}"
     if not shards.is_complete(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        with exclusive(directory / "lock", cfg.run.deadline_s):
+        with exclusive(cache / f"{directory.name}.lock", cfg.run.deadline_s):
             if not shards.is_complete(directory):
                 _fill(cfg, split, key, directory, tokenizer, use_ray=use_ray)
     shards.verify(directory, shards.read_manifest(directory).shards)
@@ -106,23 +109,33 @@ def pack_unit(unit: Unit, encoder: Encoder, directory: Path) -> shards.UnitSumma
 
 
 class Packer:
-    """Packs units in a Ray Data actor, which loads the tokenizer once.
+    """Packs units in a Ray Data actor.
 
     An error that rayft explains leaves as a value of the result, so that the driver raises it as it is.
     """
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._encoder = make_encoder(job.data, load_tokenizer(job.model))
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         """{"item": [place of a unit in the job]} -> {"rows_read": [int], "error": [pickled RayftError, or empty]}."""
         (place,) = batch["item"]
         try:
-            summary = pack_unit(self._job.units[place], self._encoder, self._job.directory)
+            summary = self._pack(self._job.units[place])
         except RayftError as error:
             return {"rows_read": [0], "error": [pickle.dumps(error)]}
         return {"rows_read": [summary.rows_read], "error": [b""]}
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        """Loaded by the first unit, once in an actor, so that its errors leave the same way."""
+        return make_encoder(self._job.data, load_tokenizer(self._job.model))
+
+    def _pack(self, unit: Unit) -> shards.UnitSummary:
+        if not unit.file.exists():
+            rule = f"the file is not there on node {socket.gethostname()}"
+            raise DataError(str(unit.file), None, rule, "Put it on storage that every node sees at the same path")
+        return pack_unit(unit, self._encoder, self._job.directory)
 
 
 def _fill(cfg: SftRun, split: str, key: str, directory: Path, tokenizer: Tokenizer, *, use_ray: bool) -> None:
@@ -135,7 +148,7 @@ def _fill(cfg: SftRun, split: str, key: str, directory: Path, tokenizer: Tokeniz
         finished = _pack_through_ray(job) if use_ray else _pack_here(job, make_encoder(cfg.data, tokenizer))
         with closing(finished):
             _report(split, finished, len(units) - len(missing), len(units))
-    summaries = [summary for unit in units if (summary := shards.read_unit(directory, unit.index)) is not None]
+    summaries = [_summary(directory, unit) for unit in units]
     manifest = shards.Manifest(
         version=shards.DATA_VERSION,
         key=key,
@@ -143,7 +156,7 @@ def _fill(cfg: SftRun, split: str, key: str, directory: Path, tokenizer: Tokeniz
         seq_len=cfg.data.seq_len,
         tokenizer=fingerprint(tokenizer),
         chat_template=template_text(tokenizer),
-        data=cfg.data.model_dump(mode="json"),
+        data=cfg.data.model_dump(mode="json", exclude=shards.NOT_IN_KEY - {split}),
         totals=_totals(summaries),
         dropped=_dropped(summaries),
         shards=tuple(shard for summary in summaries for shard in summary.shards),
@@ -189,6 +202,15 @@ def _pack_through_ray(job: Job) -> Generator[int, None, None]:
             if row["error"]:
                 raise pickle.loads(row["error"])
             yield int(row["rows_read"])
+
+
+def _summary(directory: Path, unit: Unit) -> shards.UnitSummary:
+    """The summary of a unit that some process has packed."""
+    summary = shards.read_unit(directory, unit.index)
+    if summary is None:
+        rule = f"the shards of {unit.file.name} were packed, but are not in this folder as the driver sees it"
+        raise ConfigError("data.cache_dir", str(directory.parent), rule, "Set it to a folder on storage that every node sees")
+    return summary
 
 
 def _documents(unit: Unit, encoder: Encoder, outcomes: Counter[str | None]) -> Iterator[Document]:

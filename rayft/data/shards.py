@@ -94,7 +94,7 @@ class Manifest:
         seq_len: tokens in a row.
         tokenizer: fingerprint of the tokenizer.
         chat_template: text of the template that rendered the chats, None when the tokenizer has none.
-        data: the data section of the run that wrote it.
+        data: of the data section of the run that wrote it, what decides the content; with the split's datasets.
         totals: rows, documents, tokens, trained_tokens, max_documents over all shards, and rows_read of the input.
         dropped: dataset -> reason -> input rows left out for it.
         shards: in the order of the plan; the id of a row is its place in their concatenation.

@@ -20,7 +20,9 @@ from rayft.models.load import is_adapter, seed_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_TOWERS = re.compile(r"(^|\.)(vision_tower|vision_model|vision_encoder|embed_vision|multi_modal_projector|visual|audio_tower|audio_model|embed_audio)(\.|$)")
+_TOWERS = re.compile(
+    r"(^|\.)(vision_tower|vision_model|vision_encoder|embed_vision|multi_modal_projector|visual|audio_tower|audio_model|embed_audio)(\.|$)"
+)
 
 
 def adapt(module: PreTrainedModel, adapter: Adapter, seed: int) -> list[str]:
@@ -60,8 +62,13 @@ def lora_config(adapter: Adapter, targets: list[str], base: str | None = None) -
 
     return LoraConfig(
         base_model_name_or_path=base,
-        r=adapter.r, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, target_modules=targets, use_rslora=adapter.rslora,
-        modules_to_save=list(adapter.modules_to_save) or None, task_type="CAUSAL_LM",
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=targets,
+        use_rslora=adapter.rslora,
+        modules_to_save=list(adapter.modules_to_save) or None,
+        task_type="CAUSAL_LM",
     )
 
 
@@ -92,13 +99,26 @@ def match_targets(module: PreTrainedModel, targets: str | tuple[str, ...]) -> li
         for target in wanted:
             if not any(select(name, target) for name in names):
                 raise ConfigError(
-                    "adapter.targets", target, f"matches no module of the model ({_examples(names)})", "Name endings such as q_proj, a full-match regular expression, or all-linear"
+                    "adapter.targets",
+                    target,
+                    f"matches no module of the model ({_examples(names)})",
+                    "Name endings such as q_proj, a full-match regular expression, or all-linear",
                 )
         matched = [name for name in names if any(select(name, target) for target in wanted)]
     if wrong := [name for name in matched if not isinstance(names[name], nn.Linear)]:
-        raise ConfigError("adapter.targets", wrong[0], f"is a {type(names[wrong[0]]).__name__}, and adapters go on linear layers", "Match only linear layers")
+        raise ConfigError(
+            "adapter.targets",
+            wrong[0],
+            f"is a {type(names[wrong[0]]).__name__}, and adapters go on linear layers",
+            "Match only linear layers",
+        )
     if not matched:
-        raise ConfigError("adapter.targets", targets, "matches no linear layer of the model", "Name endings such as q_proj, or a full-match regular expression")
+        raise ConfigError(
+            "adapter.targets",
+            targets,
+            "matches no linear layer of the model",
+            "Name endings such as q_proj, or a full-match regular expression",
+        )
     return matched
 
 
@@ -106,7 +126,12 @@ def _full_match(pattern: str) -> Callable[[str, str], bool]:
     try:
         compiled = re.compile(pattern)
     except re.error as problem:
-        raise ConfigError("adapter.targets", pattern, f"is not a regular expression ({problem})", "Escape special characters, or give a list of name endings") from problem
+        raise ConfigError(
+            "adapter.targets",
+            pattern,
+            f"is not a regular expression ({problem})",
+            "Escape special characters, or give a list of name endings",
+        ) from problem
     return lambda name, _: compiled.fullmatch(name) is not None
 
 
@@ -125,10 +150,14 @@ def _check_modules_to_save(module: PreTrainedModel, wanted: tuple[str, ...]) -> 
     for ending in wanted:
         matched = [part for name, part in module.named_modules() if name and _ends_with(name, ending)]
         if not matched:
-            raise ConfigError("adapter.modules_to_save", ending, "matches no module of the model", "Name the ending of a module, such as lm_head")
+            raise ConfigError(
+                "adapter.modules_to_save", ending, "matches no module of the model", "Name the ending of a module, such as lm_head"
+            )
         if tied and any(part is embedding for part in matched for embedding in embeddings):
             raise ConfigError(
-                "adapter.modules_to_save", ending, "is tied to the other embedding in this model, and training a copy of one would untie them silently",
+                "adapter.modules_to_save",
+                ending,
+                "is tied to the other embedding in this model, and training a copy of one would untie them silently",
                 "Leave it out, or train every weight with adapter.type=none",
             )
 

@@ -26,7 +26,9 @@ def load_exported(folder: Path) -> tuple[Any, Any]:
     elif (folder / "config.json").exists():
         model = AutoModelForCausalLM.from_pretrained(folder)
     else:
-        raise ConfigError("model", str(folder), "holds neither config.json nor adapter_config.json", "Name a Hugging Face folder or an export of a run")
+        raise ConfigError(
+            "model", str(folder), "holds neither config.json nor adapter_config.json", "Name a Hugging Face folder or an export of a run"
+        )
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
@@ -46,11 +48,17 @@ def generate_text(
 
     model, tokenizer = load_exported(folder)
     torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature}
+        if temperature > 0
+        else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    )
     answers = []
     for prompt in prompts:
         encoded = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True)
         with torch.no_grad():
-            tokens = model.generate(**encoded, max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **sampling)
+            tokens = model.generate(
+                **encoded, max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **sampling
+            )
         answers.append(tokenizer.decode(tokens[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     return answers

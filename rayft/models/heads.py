@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
-from rayft_kernels import token_logprobs, weighted_nll_sum
 from torch import Tensor, nn
 
 from rayft.errors import ConfigError
 from rayft.models.adapt import DropoutKeys, dropout_token_keys
 from rayft.models.load import config_of
 from rayft.types import Batch, Need, Terms
-
-
-class Layout(Protocol):
-    """What the attention layers need of a batch; made by `parallel.attention`, passed through the model untouched."""
-
-
-class MakeLayout(Protocol):
-    def __call__(self, batch: Batch) -> Layout: ...
+from rayft_kernels import token_logprobs, weighted_nll_sum
 
 
 @dataclass(frozen=True)
@@ -46,27 +39,36 @@ def head_options(config: Any) -> HeadOptions:
     )
 
 
-def attach_score(module: Any, make_layout: MakeLayout, seed: int) -> None:
+def attach_score(module: Any, make_layout: Callable[[Batch], object], seed: int) -> None:
     """Give a causal language model the method `score(batch, need) -> Terms`.
 
     Call before sharding; afterwards `register_fsdp_forward_method(module, "head_terms")` makes FSDP gather the root around it.
 
     Args:
         module: a transformers causal model, possibly adapted.
-        make_layout: turns a batch into what the attention layers read.
+        make_layout: turns a batch into what the attention layers read; it passes through the model untouched.
         seed: run.seed, for the adapters' dropout.
 
     Raises:
         ConfigError: the head carries an adapter, so its weight is not one matrix.
     """
     if hasattr(module.get_output_embeddings(), "lora_A"):
-        raise ConfigError("adapter.targets", "the output head", "cannot carry an adapter: the loss reads its weight without making logits", "Use adapter.modules_to_save=[lm_head]")
+        raise ConfigError(
+            "adapter.targets",
+            "the output head",
+            "cannot carry an adapter: the loss reads its weight without making logits",
+            "Use adapter.modules_to_save=[lm_head]",
+        )
     options = head_options(config_of(module))
 
     def head_terms(self: Any, batch: Batch, need: Need) -> tuple[Tensor, ...]:
         body = self.base_model(
-            input_ids=batch.tokens[None], position_ids=batch.positions[None], attention_mask=None, use_cache=False,
-            layout=make_layout(batch), **batch.multimodal,
+            input_ids=batch.tokens[None],
+            position_ids=batch.positions[None],
+            attention_mask=None,
+            use_cache=False,
+            layout=make_layout(batch),
+            **batch.multimodal,
         )
         head = _trained_head(self.get_output_embeddings())
         hidden = body.last_hidden_state[0].index_select(0, batch.trained)
@@ -74,7 +76,11 @@ def attach_score(module: Any, make_layout: MakeLayout, seed: int) -> None:
         bias = getattr(head, "bias", None)
         if need == "weighted_nll":
             weights = batch.loss_weights.index_select(0, batch.trained)
-            return (weighted_nll_sum(hidden, head.weight, targets, weights, bias=bias, softcap=options.softcap, logit_scale=options.logit_scale),)
+            return (
+                weighted_nll_sum(
+                    hidden, head.weight, targets, weights, bias=bias, softcap=options.softcap, logit_scale=options.logit_scale
+                ),
+            )
         return token_logprobs(hidden, head.weight, targets, bias=bias, softcap=options.softcap, logit_scale=options.logit_scale)
 
     def score(self: Any, batch: Batch, need: Need) -> Terms:

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -42,6 +42,13 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
+def register_attention(function: Callable[..., Any]) -> None:
+    """Make a packed attention function known to transformers as ATTENTION. No mask is registered for it, so models build none."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, function)
+
+
 def read_config(model: Model) -> PretrainedConfig:
     """The model's configuration.
 
@@ -55,7 +62,10 @@ def read_config(model: Model) -> PretrainedConfig:
     except (OSError, ValueError, KeyError) as problem:
         reason = str(problem).strip().split("\n")[0]
         raise ConfigError(
-            "model.path", model.path, f"must be a Hugging Face model folder or a cached id ({reason})", "Give the path of a folder that holds config.json"
+            "model.path",
+            model.path,
+            f"must be a Hugging Face model folder or a cached id ({reason})",
+            "Give the path of a folder that holds config.json",
         ) from problem
 
 
@@ -74,7 +84,7 @@ def compute_dtype(model: Model, device_type: str) -> torch.dtype:
 
 
 def build(model: Model, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model of `config` on the meta device, its attention served by `parallel.attention`.
+    """The causal language model of `config` on the meta device, its attention served by the registered function.
 
     Raises:
         ConfigError: transformers has no causal model for the configuration, or converts its weights while loading.
@@ -85,18 +95,24 @@ def build(model: Model, config: PretrainedConfig, dtype: torch.dtype) -> PreTrai
     config.use_cache = False
     with torch.device("meta"):
         try:
-            module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=model.trust_remote_code)
+            module = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=model.trust_remote_code
+            )
         except ValueError as problem:
-            raise ConfigError("model.path", model.path, f"transformers cannot build a causal language model of it ({problem})", "Choose another model") from problem
+            raise ConfigError(
+                "model.path", model.path, f"transformers cannot build a causal language model of it ({problem})", "Choose another model"
+            ) from problem
     if converted := _converting(module):
         raise ConfigError(
-            "model.path", model.path, f"checkpoints of {config.model_type} are converted while loading ({converted}), which rayft does not do yet",
+            "model.path",
+            model.path,
+            f"checkpoints of {config.model_type} are converted while loading ({converted}), which rayft does not do yet",
             "Choose a model whose checkpoint names are its parameter names",
         )
     return cast("PreTrainedModel", module)
 
 
-def _converting(module: nn.Module) -> str | None:
+def _converting(module: PreTrainedModel) -> str | None:
     """What transformers 5 would rewrite when loading this model's checkpoint, or None."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
@@ -113,7 +129,9 @@ def load_plain(model: Model, dtype: torch.dtype) -> Any:
     """The model as transformers itself loads and runs it, to compare with."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=model.trust_remote_code).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        model.path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=model.trust_remote_code
+    ).eval()
 
 
 def materialise(module: PreTrainedModel, model: Model, seed: int, device: str) -> None:
@@ -177,7 +195,9 @@ def _recompute_buffers(module: PreTrainedModel) -> None:
 def _initialise_buffers_only(module: PreTrainedModel, part: nn.Module) -> None:
     """`_init_weights` on a stand-in without the parameters, which may be sharded and huge; then take its buffers."""
     stand_in = copy.copy(part)
-    stand_in._parameters = {name: None if p is None else nn.Parameter(torch.zeros(1, 1), requires_grad=False) for name, p in part._parameters.items()}
+    stand_in._parameters = {
+        name: None if p is None else nn.Parameter(torch.zeros(1, 1), requires_grad=False) for name, p in part._parameters.items()
+    }
     if getattr(stand_in, "padding_idx", None) is not None:
         stand_in.padding_idx = None  # type: ignore[assignment]
     module._init_weights(stand_in)
@@ -195,7 +215,10 @@ def _read(folder: Path, base: Mapping[str, Tensor]) -> None:
     for name, parameters in wanted.items():
         if stored[name] != tuple(parameters[0].shape):
             raise DataError(
-                f"{folder.name}: {name}", stored[name], f"the configuration asks for the shape {tuple(parameters[0].shape)}", "Take a configuration and weights of the same model"
+                f"{folder.name}: {name}",
+                stored[name],
+                f"the configuration asks for the shape {tuple(parameters[0].shape)}",
+                "Take a configuration and weights of the same model",
             )
     dcp.load(
         {name: parameters[0].detach() for name, parameters in wanted.items()},
@@ -222,7 +245,9 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise DataError("model.path", str(folder), "holds no safetensors file", "Save the model with save_pretrained, or use model.init=random")
+        raise DataError(
+            "model.path", str(folder), "holds no safetensors file", "Save the model with save_pretrained, or use model.init=random"
+        )
     for file in files:
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))

@@ -20,7 +20,12 @@ def apply_fixes(module: Any, spec: ModelSpec) -> None:
     for fix in spec.fixes:
         fix.apply(module)
         if not fix.check(module):
-            raise TrainingError(f"model fix {fix.name}", None, f"did not take effect on {fix.where}", f"Report it with the transformers version; it is there because {fix.why}")
+            raise TrainingError(
+                f"model fix {fix.name}",
+                None,
+                f"did not take effect on {fix.where}",
+                f"Report it with the transformers version; it is there because {fix.why}",
+            )
         log.info("fix %s on %s: %s (until %s)", fix.name, fix.where, fix.why, fix.remove_when)
 
 
@@ -28,6 +33,8 @@ def ledger(specs: tuple[ModelSpec, ...]) -> str:
     """All fixes of all families as a Markdown table, for docs/patches.md."""
     rows = ["| family | fix | where | why | upstream | remove when |", "|---|---|---|---|---|---|"]
     rows += [
-        f"| {', '.join(spec.model_types)} | {fix.name} | {fix.where} | {fix.why} | {fix.upstream} | {fix.remove_when} |" for spec in specs for fix in spec.fixes
+        f"| {', '.join(spec.model_types)} | {fix.name} | {fix.where} | {fix.why} | {fix.upstream} | {fix.remove_when} |"
+        for spec in specs
+        for fix in spec.fixes
     ]
     return "\n".join(rows) + "\n"

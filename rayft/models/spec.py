@@ -25,7 +25,9 @@ def spec_of(config: Any) -> ModelSpec:
     kinds = set(getattr(text, "layer_types", None) or ())
     if other := sorted(kinds - _ATTENTION_LAYERS):
         raise ConfigError(
-            "model.path", config.model_type, f"has layers of kind {', '.join(other)}, whose state would run across packed documents",
+            "model.path",
+            config.model_type,
+            f"has layers of kind {', '.join(other)}, whose state would run across packed documents",
             "Choose a model whose layers are full or sliding attention",
         )
     for spec in SPECS:

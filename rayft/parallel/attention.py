@@ -1,6 +1,6 @@
 """Packed attention: every document attends to itself alone. The backend is chosen per layer and per kind of rows.
 
-Registered with transformers under one name, so a model built for it cannot fall back to a mask that mixes documents. The
+Registered with transformers under one name (`models.load`), so a model built for it cannot fall back to a mask that mixes documents. The
 layer's own head_dim, window and softcap decide, not the model's single setting.
 
 Choice on CUDA, by measurement (docs/benchmarks.md; H100, bf16, head_dim 128, forward + backward):
@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rayft.models.load import ATTENTION
 from rayft.types import Batch
 
 Backend = Literal["documents", "flex"]
@@ -73,14 +72,11 @@ def choose(head_dim: int, device_type: str, wanted: str) -> tuple[Backend, str]:
 
 def choices(module: nn.Module, device_type: str, wanted: str) -> dict[str, tuple[Backend, str]]:
     """Layer name -> (backend, reason) for every attention layer of a model, in order."""
-    return {name: choose(int(part.head_dim), device_type, wanted) for name, part in module.named_modules() if hasattr(part, "head_dim") and hasattr(part, "o_proj")}
-
-
-def register() -> None:
-    """Make the packed attention known to transformers. No mask is registered for it, so models build none."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, packed_attention)
+    return {
+        name: choose(int(part.head_dim), device_type, wanted)
+        for name, part in module.named_modules()
+        if hasattr(part, "head_dim") and hasattr(part, "o_proj")
+    }
 
 
 @torch.compiler.disable
@@ -168,11 +164,22 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wi
 def _flex(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
-    options = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_M1": 32, "BLOCK_N1": 32, "BLOCK_M2": 32, "BLOCK_N2": 32, "num_stages": 1} if query.shape[-1] > 256 else None
-    return _compiled_flex()(
-        query, key, value, score_mod=None if softcap is None else _softcap_mod(softcap), block_mask=layout.block_mask(window),
-        scale=scaling, enable_gqa=query.shape[1] != key.shape[1], kernel_options=options,
+    options = (
+        {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_M1": 32, "BLOCK_N1": 32, "BLOCK_M2": 32, "BLOCK_N2": 32, "num_stages": 1}
+        if query.shape[-1] > 256
+        else None
     )
+    out: Tensor = _compiled_flex()(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else _softcap_mod(softcap),
+        block_mask=layout.block_mask(window),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options=options,
+    )
+    return out
 
 
 @functools.cache

@@ -162,7 +162,9 @@ def estimate(
     weights = weights_of(shape, adapter)
     held = base_dtype(model, frozen=weights.frozen_base, device_type=device).itemsize
     sizes = Sizes(
-        shape, weights, adapter,
+        shape,
+        weights,
+        adapter,
         workers=parallel.workers,
         tokens=batch.micro_rows * seq_len,
         compute=compute_dtype(model, device).itemsize,

@@ -36,7 +36,7 @@ def build_model(cfg: SftRun, session: Session, mesh: Mesh) -> Any:
     device_type = session.device.split(":")[0]
     config = load.read_config(cfg.model)
     spec = spec_of(config)
-    attention.register()
+    load.register_attention(attention.packed_attention)
     compute = load.compute_dtype(cfg.model, device_type)
     module = load.build(cfg.model, config, load.base_dtype(cfg.model, frozen=cfg.adapter.type != "none", device_type=device_type))
 

@@ -45,13 +45,16 @@ def check_model(cfg: SftRun, session: Session, say: Callable[[str], None]) -> No
         RayftError: the model cannot be trained, with the reason; TrainingError when packing changes its output.
     """
     tokenizer = load_tokenizer(cfg.model)
-    say(f"tokenizer: {len(tokenizer)} tokens, end {tokenizer.eos_token!r}, pad {tokenizer.pad_token!r}, {'a' if tokenizer.chat_template else 'no'} chat template")
+    template = "a chat template" if tokenizer.chat_template else "no chat template"
+    say(f"tokenizer: {len(tokenizer)} tokens, end {tokenizer.eos_token!r}, pad {tokenizer.pad_token!r}, {template}")
     model = build_model(cfg, session, build_mesh(session.device.split(":")[0], 1))
     config = config_of(model)
     say(f"model: {config.model_type}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     targets = match_targets(load_meta(cfg), cfg.adapter.targets)
     endings = Counter(name.rsplit(".", 1)[-1] for name in targets)
-    say(f"adapter.targets={cfg.adapter.targets}: {len(targets)} modules: " + ", ".join(f"{count} {name}" for name, count in endings.items()))
+    say(
+        f"adapter.targets={cfg.adapter.targets}: {len(targets)} modules: " + ", ".join(f"{count} {name}" for name, count in endings.items())
+    )
     for (backend, reason), count in Counter(choices(model, session.device.split(":")[0], cfg.parallel.attention).values()).items():
         say(f"attention: {backend} on {count} layers: {reason}")
 
@@ -61,7 +64,9 @@ def check_model(cfg: SftRun, session: Session, say: Callable[[str], None]) -> No
     _compare("packed documents against the same alone", packed, alone, cfg, session, say)
     if cfg.model.init == "pretrained":
         plain = load_plain(cfg.model, compute_dtype(cfg.model, session.device.split(":")[0])).to(session.device)
-        _compare("rayft against transformers", packed, torch.cat([_plain_scores(plain, document) for document in documents]), cfg, session, say)
+        _compare(
+            "rayft against transformers", packed, torch.cat([_plain_scores(plain, document) for document in documents]), cfg, session, say
+        )
     loss = -packed.mean().item()
     say(f"loss on plain English: {loss:.3f}")
     if warning := first_loss_warning(loss, config.vocab_size, cfg.model.init == "pretrained"):
@@ -103,4 +108,9 @@ def _compare(what: str, one: Tensor, other: Tensor, cfg: SftRun, session: Sessio
     limit = TOLERANCE[compute_dtype(cfg.model, session.device.split(":")[0])]
     say(f"{what}: log-probabilities differ by at most {worst:.1e} (limit {limit})")
     if not worst <= limit:
-        raise TrainingError("model.path", cfg.model.path, f"{what}: log-probabilities differ by {worst:.2e}", "Report it with the versions of transformers and torch; do not train this model packed")
+        raise TrainingError(
+            "model.path",
+            cfg.model.path,
+            f"{what}: log-probabilities differ by {worst:.2e}",
+            "Report it with the versions of transformers and torch; do not train this model packed",
+        )

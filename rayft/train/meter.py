@@ -36,7 +36,7 @@ class Meter:
         """A step's rows are here; `waited` seconds were spent on waiting for them."""
         now = time.perf_counter()
         if self.began is None:
-            self.began = now - waited
+            self.began, self.excluded = now - waited, 0.0
         self.batches, self.waited = batches, waited
 
     def exclude(self, seconds: float) -> None:

@@ -1,8 +1,8 @@
 """One run's clock: owns model, optimizer and step; the recipe's loop calls it. Final: never subclassed, extended by callbacks.
 
-    with Trainer(launch, session, loss_fn, need) as trainer:
-        for step, batches in trainer.steps():
-            trainer.finish(step, *forward_backward(trainer.parts, batches, loss_fn, need, trainer.mesh))
+with Trainer(launch, session, loss_fn, need) as trainer:
+    for step, batches in trainer.steps():
+        trainer.finish(step, *forward_backward(trainer.parts, batches, loss_fn, need, trainer.mesh))
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from rayft.checkpoint.sharded import Checkpointer
 from rayft.config.functions import load_function
 from rayft.data.reader import Reader, micro_batches, prefetch
 from rayft.errors import DataError, TrainingError
+from rayft.losses.supervised import first_loss_warning
 from rayft.models.load import config_of, named_trainable
 from rayft.observe.log import MetricsLog, recorded
 from rayft.observe.metrics import finish as finish_metrics
 from rayft.optim.build import build_optimizer, set_lr
 from rayft.optim.schedules import lr_at
 from rayft.parallel.mesh import build_mesh
-from rayft.losses.supervised import first_loss_warning
 from rayft.train.build import build_model
 from rayft.train.evaluate import eval_batches, evaluate
 from rayft.train.meter import Meter
@@ -65,7 +65,10 @@ class Trainer:
         self.meter = Meter(config_of(self.parts[0]), session, self.parts)
         self.step = self._restore()
         self.saved_step = self.step
-        self.log = self._open_log()
+        self.log: MetricsLog | None = None
+        if session.rank == 0:
+            self.log = MetricsLog(session.run_dir / "metrics.jsonl", self.step)
+            self.log.start(launch.attempt, session.world_size)
         self.pending: tuple[int, dict[str, Tensor], dict[str, float]] | None = None
 
     def __enter__(self) -> Trainer:
@@ -80,15 +83,22 @@ class Trainer:
         self.event("train_start", self.step)
         self._evaluate_if_due()
         build = partial(
-            micro_batches, self.reader, rows=self.cfg.batch.rows, micro_rows=self.cfg.batch.micro_rows, rank=self.session.rank,
-            world=self.session.world_size, limit=self._row_limit(),
+            micro_batches,
+            self.reader,
+            rows=self.cfg.batch.rows,
+            micro_rows=self.cfg.batch.micro_rows,
+            rank=self.session.rank,
+            world=self.session.world_size,
+            limit=self._row_limit(),
         )
         batches = prefetch(lambda step: build(step=step), range(self.step, self.launch.last_step))
         for step, (micro, waited) in enumerate(batches, start=self.step):
             self.meter.start(micro, waited)
             set_lr(self.optimizer, lr_at(step, self.launch.total_steps, self.cfg.optim))
             yield step, [batch.to(self.session.device) for batch in micro]
-        self._save_if_new()
+        self._flush()
+        if self.step > self.saved_step:
+            self._save()
         self.checkpointer.wait()
         self.event("train_end", self.step)
 
@@ -126,27 +136,22 @@ class Trainer:
     def _restore(self) -> int:
         """Steps taken so far, after loading the newest committed checkpoint, the same one on every rank."""
         found = [resume.newest(self.session.run_dir) if self.session.rank == 0 else None]
-        dist.broadcast_object_list(found, src=0, group=self.checkpointer.group)
+        dist.broadcast_object_list(found, src=0)
         restored = found[0]
         if restored is None:
             return 0
         for name, value in self.launch.identity.items():
             if restored.progress[name] != value:
                 raise DataError(
-                    f"{name} of run {self.cfg.run.name}", None, "differ from those the run was started with, so resuming would train on something else",
+                    f"{name} of run {self.cfg.run.name}",
+                    None,
+                    "differ from those the run was started with, so resuming would train on something else",
                     "Restore the files, or choose a new run.name",
                 )
         self.checkpointer.restore(restored.directory, self.parts, self.optimizer)
         if self.session.rank == 0:
             log.info("resumed at step %d from %s", restored.step, restored.directory)
         return restored.step
-
-    def _open_log(self) -> MetricsLog | None:
-        if self.session.rank != 0:
-            return None
-        opened = MetricsLog(self.session.run_dir / "metrics.jsonl", self.step)
-        opened.start(self.launch.attempt, self.session.world_size)
-        return opened
 
     def _flush(self) -> None:
         """Read the pending step's numbers, refuse what is not finite, and log them."""
@@ -158,18 +163,19 @@ class Trainer:
         metrics = finish_metrics(values, divisor) | {"train/grad_norm": norm} | host
         if self.log is not None:
             self.log.write(step, metrics)
-            if step == 1 and (warning := first_loss_warning(metrics["train/loss"], config_of(self.parts[0]).vocab_size, self.cfg.model.init == "pretrained")):
+            if step == 1 and (
+                warning := first_loss_warning(
+                    metrics["train/loss"], config_of(self.parts[0]).vocab_size, self.cfg.model.init == "pretrained"
+                )
+            ):
                 log.warning(warning)
         if not (math.isfinite(metrics["train/loss"]) and math.isfinite(norm)):
             raise TrainingError(
-                f"step {step}", None, f"the loss is {metrics['train/loss']} and the gradient norm {norm}",
-                "Lower optim.lr, check the rows of that step, or train in model.compute_dtype=float32; the newest checkpoint is from before",
+                f"step {step}",
+                None,
+                f"the loss is {metrics['train/loss']} and the gradient norm {norm}",
+                "Lower optim.lr, check the rows of that step, or use model.compute_dtype=float32; the newest checkpoint is from before",
             )
-
-    def _save_if_new(self) -> None:
-        self._flush()
-        if self.step > self.saved_step:
-            self._save()
 
     def _save(self) -> None:
         progress = {**self.launch.identity, "total_steps": self.launch.total_steps, "rows": self.step * self.cfg.batch.rows}
@@ -187,7 +193,7 @@ class Trainer:
         if not (at_edge or (self.step > 0 and self._due(self.cfg.eval.every))):
             return
         known = [self.session.rank == 0 and recorded(self.session.run_dir / "metrics.jsonl", self.step, "eval/loss")]
-        dist.broadcast_object_list(known, src=0, group=self.checkpointer.group)
+        dist.broadcast_object_list(known, src=0)
         if known[0]:
             return
         self._flush()

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from families import make_rows, write_model
 from ranks import run_ranks
-
 from rayft.config.load import load
 from rayft.data.reader import Row, micro_batches
 from rayft.types import Session
@@ -46,7 +46,9 @@ def trained(rank: int, world: int, folder: str, cases: list[dict[str, Any]]) -> 
     mesh, reader, results = build_mesh("cpu", world), RowsInMemory(make_rows(LENGTHS)), []
     for case in cases:
         cfg = load([], ["method=sft", "run.name=x", f"model.path={folder}", "data.train.a.path=x", f"optim.lr={LR}", *case["overrides"]])
-        session = Session(rank=rank, world_size=world, local_rank=rank, device="cpu", run_dir=Path("."), report=lambda *_: None, deadline_s=60)
+        session = Session(
+            rank=rank, world_size=world, local_rank=rank, device="cpu", run_dir=Path("."), report=lambda *_: None, deadline_s=60
+        )
         model = build_model(cfg, session, mesh)
         optimizer = build_optimizer(named_trainable(model), cfg.optim, fused=True)
         curve = []
@@ -65,14 +67,21 @@ def plain(folder: str, steps: int = STEPS) -> list[tuple[float, float]]:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     decay = [p for p in model.parameters() if p.ndim >= 2]
-    optimizer = torch.optim.AdamW([{"params": decay}, {"params": [p for p in model.parameters() if p.ndim < 2]}], lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [{"params": decay}, {"params": [p for p in model.parameters() if p.ndim < 2]}], lr=LR, betas=(0.9, 0.95), weight_decay=0.0
+    )
     rows, curve = make_rows(LENGTHS), []
     for step in range(steps):
         chosen = [rows[(step * ROWS + i) % len(rows)] for i in range(ROWS)]
         documents = []
         for row in chosen:
             for start, length in zip(np.cumsum(row.lengths) - row.lengths, row.lengths, strict=True):
-                documents.append((torch.from_numpy(row.tokens[start : start + length]).long(), torch.from_numpy(row.loss_weights[start : start + length])))
+                documents.append(
+                    (
+                        torch.from_numpy(row.tokens[start : start + length]).long(),
+                        torch.from_numpy(row.loss_weights[start : start + length]),
+                    )
+                )
         total = sum(float(weights[1:].sum()) for _, weights in documents)
         loss = torch.zeros(())
         for tokens, weights in documents:

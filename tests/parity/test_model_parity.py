@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from families import FAMILIES, make_batch, write_model
 from ranks import run_ranks
-
 from rayft.config.load import load
 from rayft.types import Session
 

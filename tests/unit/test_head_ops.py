@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from rayft_kernels import token_logprobs, weighted_nll_sum
 from rayft_kernels.linear_cross_entropy import op
 
@@ -27,7 +28,9 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     return hidden, weight, bias, targets, loss_weights
 
 
-def reference_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, scale: float) -> torch.Tensor:
+def reference_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, scale: float
+) -> torch.Tensor:
     u = hidden.double() @ weight.double().t()
     if bias is not None:
         u = u + bias.double()

@@ -58,7 +58,8 @@ def weighted_nll_sum(
     Returns:
         float32 scalar.
     """
-    return _WeightedNll.apply(hidden, weight, targets, loss_weights, bias, softcap, logit_scale, label_smoothing, z_loss)
+    total: Tensor = _WeightedNll.apply(hidden, weight, targets, loss_weights, bias, softcap, logit_scale, label_smoothing, z_loss)
+    return total
 
 
 def token_logprobs(
@@ -82,7 +83,8 @@ def token_logprobs(
     Returns:
         (logprobs, entropy), float32 [M] each; both are differentiable.
     """
-    return _TokenLogprobs.apply(hidden, weight, targets, bias, softcap, logit_scale)
+    terms: tuple[Tensor, Tensor] = _TokenLogprobs.apply(hidden, weight, targets, bias, softcap, logit_scale)
+    return terms
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> tuple[Tensor, Tensor | None]:
@@ -126,9 +128,17 @@ class _HeadGradients:
 
 class _WeightedNll(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor, bias: Tensor | None,
-        softcap: float | None, scale: float, smoothing: float, z_loss: float,
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        loss_weights: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        scale: float,
+        smoothing: float,
+        z_loss: float,
     ) -> Tensor:
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4])
         grads = _HeadGradients(hidden, weight, bias, needs)
@@ -154,7 +164,7 @@ class _WeightedNll(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grads: _HeadGradients = ctx.grads
         weight_type, bias_type = ctx.dtypes
         scaled = [None if g is None else g.mul_(grad_total) for g in (grads.hidden, grads.weight, grads.bias)]
@@ -166,7 +176,7 @@ class _WeightedNll(torch.autograd.Function):
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
@@ -184,7 +194,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, bias, lse_all, entropy = ctx.saved_tensors
         softcap, scale = ctx.options
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])

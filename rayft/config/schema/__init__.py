@@ -21,7 +21,21 @@ from rayft.config.schema.sections import (
     Run,
 )
 
-__all__ = ["METHODS", "Adapter", "BatchShape", "Checkpoint", "Data", "Dataset", "Eval", "Export", "Model", "Optim", "Parallel", "Run", "SftRun"]
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "BatchShape",
+    "Checkpoint",
+    "Data",
+    "Dataset",
+    "Eval",
+    "Export",
+    "Model",
+    "Optim",
+    "Parallel",
+    "Run",
+    "SftRun",
+]
 
 
 class SftRun(Section):

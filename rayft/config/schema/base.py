@@ -17,11 +17,11 @@ def _no_bool(value: object) -> object:
     return value
 
 
-Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_bool)]
 PositiveInt = Annotated[StrictInt, Field(ge=1)]
 Count = Annotated[StrictInt, Field(ge=0)]
-PositiveFloat = Annotated[Float, Field(gt=0)]
-Fraction = Annotated[Float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_no_bool)]
 
 
 class Section(BaseModel):
