@@ -24,7 +24,7 @@ $(INSTALLED): pyproject.toml setup.py
 	@if $(PY) -c "import torch" 2>/dev/null; then echo "torch is installed"; \
 	elif [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
 	  echo "no GPU: installing $(CPU_TORCH)"; \
-	  $(PIP) install -q "$(CPU_TORCH)" || $(PIP) install -q --extra-index-url $(CPU_INDEX) "$(CPU_TORCH)" || \
+	  $(PIP) install -q "$(CPU_TORCH)" 2>/dev/null || $(PIP) install -q --extra-index-url $(CPU_INDEX) "$(CPU_TORCH)" || \
 	  echo "no CPU build of torch is within reach: the default one follows"; \
 	fi
 	$(PIP) install -q -e ".[dev]"

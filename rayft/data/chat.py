@@ -195,7 +195,7 @@ def _frame(messages: Sequence[Message], index: int, whole: str, render: Render) 
     other["content"] = probe
     changed = _render_or_none([*messages[:index], other, *messages[index + 1 :]], False, render)
     before, found, after = (changed or "").partition(probe)
-    if not found or probe in after or not whole.startswith(before) or not whole.endswith(after):
+    if not found or not whole.startswith(before) or not whole.endswith(after):
         return None
     start, end = len(before), len(whole) - len(after)
     text = messages[index].get("content") or ""

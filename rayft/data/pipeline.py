@@ -6,6 +6,7 @@ The only file of this room that imports ray, and only inside the function that n
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 import socket
 import time
@@ -146,8 +147,11 @@ def _fill(cfg: SftRun, split: str, key: str, directory: Path, tokenizer: Tokeniz
     job = Job(directory, cfg.model, cfg.data, missing)
     if missing:
         finished = _pack_through_ray(job) if use_ray else _pack_here(job, make_encoder(cfg.data, tokenizer))
-        with closing(finished):
-            _report(split, finished, len(units) - len(missing), len(units))
+        try:
+            with closing(finished):
+                _report(split, finished, len(units) - len(missing), len(units))
+        finally:
+            shards.remove_strays(directory)  # of actors that another one's error stopped
     summaries = [_summary(directory, unit) for unit in units]
     manifest = shards.Manifest(
         version=shards.DATA_VERSION,
@@ -179,20 +183,26 @@ def _pack_here(job: Job, encoder: Encoder) -> Generator[int, None, None]:
         yield pack_unit(unit, encoder, job.directory).rows_read
 
 
+def pool_shape(cpus: float, wanted: int | None, units: int) -> tuple[int, float]:
+    """(number of actors, CPUs reserved by each) for a cluster with so many CPUs, the configured actors and units to pack.
+
+    One CPU stays unreserved: a Ray Data pool that holds all of them can starve the tasks beside it and hang.
+    """
+    actors = min(wanted or max(1, int(cpus) - 1), units)
+    return actors, math.floor(min(1.0, max(cpus - 1, 0.5) / actors) * 1000) / 1000
+
+
 def _pack_through_ray(job: Job) -> Generator[int, None, None]:
     """Pack the job's units in Ray Data actors; yields the input rows of each unit when it is done, in any order."""
     import ray.data
 
-    cpus = ray.cluster_resources().get("CPU", 1.0)
-    actors = min(job.data.actors or max(1, int(cpus) - 1), len(job.units))
-    # A pool that reserves every CPU waits for ever for the one that Ray Data wants beside it.
-    share = min(1.0, max(cpus - 1, 0.5) / actors)
+    actors, cpus = pool_shape(ray.cluster_resources().get("CPU", 1.0), job.data.actors, len(job.units))
     results = ray.data.from_items(list(range(len(job.units)))).map_batches(
         Packer,
         fn_constructor_args=(job,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
-        num_cpus=int(share * 1000) / 1000,
+        num_cpus=cpus,
     )
     results.context.enable_progress_bars = False
     # A unit that cannot be split, such as a large compressed file, shows no progress for as long as it takes.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 from rayft.data.shards import Columns, read_manifest, read_shard
 from rayft.types import Batch
+
+T = TypeVar("T")
 
 ROW_ORDER = 0x726F7773
 """Purpose constant of the row permutation among everything that is drawn from the run's seed."""
@@ -177,20 +180,20 @@ def _tensor(array: NDArray[np.generic]) -> torch.Tensor:
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
-def prefetch(build: Callable[[int], list[Batch]], steps: Iterable[int]) -> Generator[tuple[list[Batch], float], None, None]:
+def prefetch(build: Callable[[int], T], steps: Iterable[int]) -> Generator[tuple[T, float], None, None]:
     """Run `build` for each step, one step ahead, in a thread.
 
     An error in `build` is raised here, when its step is due. Closing the iterator waits for the step in the works.
 
     Yields:
-        The step's batches, and the seconds that the caller had to wait for them.
+        What was built for the step, and the seconds that the caller had to wait for it.
     """
     upcoming = iter(steps)
     with ThreadPoolExecutor(1, thread_name_prefix="rayft-reader") as pool:
         ahead = [pool.submit(build, step) for step in islice(upcoming, 1)]
         while ahead:
             started = time.perf_counter()
-            batches = ahead.pop().result()
+            built = ahead.pop().result()
             waited = time.perf_counter() - started
             ahead = [pool.submit(build, step) for step in islice(upcoming, 1)]
-            yield batches, waited
+            yield built, waited

@@ -158,7 +158,7 @@ def _damage_explained(file: Path) -> Iterator[None]:
 
     try:
         yield
-    except (EOFError, zlib.error, lzma.LZMAError, ArrowException, OSError) as problem:
+    except (EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError, ArrowException, OSError) as problem:
         if isinstance(problem, OSError) and problem.errno is not None:
             raise  # the operating system's, not the file's
         raise DataError(str(file), None, f"the file is damaged ({problem})", "Fetch or write it again") from problem

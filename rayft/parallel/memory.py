@@ -1,8 +1,8 @@
 """How much memory a worker will need, by part, before anything is placed.
 
-Three moments of a step can be the highest: the loss (all activations are held, and the logits of a chunk), the backward of the
-last layer (activations are still held, and the first gradients appear), and the reduction of the root's gradients (activations
-are gone, and every gradient is there). The plan is the highest of them.
+These moments of a step can be the highest: the loss (all activations are held, and the logits of a chunk), the backward of the
+last layer (activations are still held, and their first gradients appear), the end of any layer's backward (activations turn into
+gradients), and the reduction of the root's gradients (activations are gone). The plan is the highest of them.
 
 Sizes follow FSDP2 of torch 2.11 to 2.13 and the decoder layers of transformers as they are written, uncompiled. Letters:
 W workers, T tokens of a micro-batch on a worker, H hidden size, V vocabulary, c bytes of the compute type.
@@ -11,7 +11,7 @@ W workers, T tokens of a micro-batch on a worker, H hidden size, V vocabulary, c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from rayft.config.schema import Adapter, BatchShape, Model, Parallel
@@ -41,8 +41,8 @@ class MemoryPlan:
         return sum(self.parts.values())
 
     def table(self) -> list[tuple[str, int]]:
-        """(part, bytes), largest first."""
-        return sorted(self.parts.items(), key=lambda part: -part[1])
+        """(part, bytes), largest first, without empty ones."""
+        return sorted(((part, size) for part, size in self.parts.items() if size), key=lambda row: -row[1])
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,11 @@ class Sizes:
         """Bytes of embedding and head, gathered for compute; they stay so from forward to backward."""
         return self.compute * (self.shape.embedding_parameters + self.weights.copied)
 
-    @property
-    def trained_layer(self) -> int:
-        """Trained weights of that layer."""
+    def trained_in(self, layer: LayerShape) -> int:
+        """Trained weights of a decoder layer."""
         if self.weights.frozen_base:
             return self.weights.adapter // len(self.shape.layers)
-        return layer_parameters(self.largest, self.shape.hidden)
+        return layer_parameters(layer, self.shape.hidden)
 
     @property
     def trained_root(self) -> int:
@@ -174,7 +173,7 @@ def estimate(
         checkpointing=parallel.activation_checkpointing,
         accumulating=batch.rows > batch.micro_rows * parallel.workers,
     )
-    plans = [MemoryPlan(name, _state(sizes, device) | parts(sizes)) for name, parts in _PARTS_AT.items()]
+    plans = (MemoryPlan(moment, _state(sizes, device) | parts) for moment, parts in _moments(sizes))
     return max(plans, key=lambda plan: plan.total)
 
 
@@ -193,7 +192,7 @@ def _accumulated(s: Sizes) -> int:
 
 
 def _at_loss(s: Sizes) -> dict[str, int]:
-    # With several workers, the buffer that the last layer was gathered in outlives its forward.
+    """In the head; with several workers, the buffer that the last layer was gathered in outlives its forward."""
     return {
         "gradients": _accumulated(s),
         "gathered weights": s.gathered_root + (s.gathered_layer if s.workers > 1 else 0),
@@ -202,31 +201,56 @@ def _at_loss(s: Sizes) -> dict[str, int]:
     }
 
 
+def _head_gradient(s: Sizes) -> int:
+    """The head's gradient, made by the loss and kept until the root's gradients are reduced."""
+    return s.compute * s.shape.hidden * s.shape.vocab if s.weights.head_trained else 0
+
+
 def _at_backward(s: Sizes) -> dict[str, int]:
-    # The last layer, and with several workers the one before it, which is being gathered meanwhile.
-    layer = layer_activations(s.largest, s.shape.hidden, s.compute, s.adapter)
-    head = s.compute * s.shape.hidden * s.shape.vocab if s.weights.head_trained else 0
-    weights = head + (s.compute + s.reduce) * s.trained_layer
+    """In the MLP of the last layer, with its weights and, with several workers, those of the one before it, which come early."""
+    saved = saved_activations(s.shape, s.tokens, s.compute, s.adapter, checkpointing=s.checkpointing)
+    recomputed = s.tokens * layer_activations(s.largest, s.shape.hidden, s.compute, s.adapter) if s.checkpointing else 0
     return {
         "gradients": _accumulated(s),
         "gathered weights": s.gathered_root + min(s.workers, 2) * s.gathered_layer,
-        "activations": saved_activations(s.shape, s.tokens, s.compute, s.adapter, checkpointing=s.checkpointing)
-        + (s.tokens * layer if s.checkpointing else 0),
-        "gradients in flight": weights + _activation_gradients(s.largest, s.shape.hidden, s.tokens, s.compute),
+        "activations": saved + recomputed,
+        "gradients in flight": _head_gradient(s) + _activation_gradients(s.largest, s.shape.hidden, s.tokens, s.compute),
     }
 
 
-def _at_reduction(s: Sizes) -> dict[str, int]:
-    # The root's gradient as computed, in the buffer that is summed, and as accumulated; the buffer of the first layer is still held.
+def _at_layer_end(s: Sizes, index: int) -> dict[str, int]:
+    """At the end of the backward of layer `index`: its own values are gone, and the gradients of later layers are reduced."""
+    layer, hidden = s.shape.layers[index], s.shape.hidden
+    earlier, later = s.shape.layers[:index], s.shape.layers[index + 1 :]
+    values = s.compute * hidden * index if s.checkpointing else sum(layer_activations(x, hidden, s.compute, s.adapter) for x in earlier)
+    reduced = sum(s.trained_in(x) for x in later)
+    weights, early = (s.compute * layer_parameters(x, hidden) for x in (layer, earlier[-1] if earlier else layer))
+    # The buffer that the gradient of the layer above was summed in; the last layer gives up its weights before it fills its own.
+    summed = s.reduce * s.trained_in(later[0]) if later else max(s.reduce * s.trained_in(layer) - weights, 0)
+    return {
+        "gradients": s.trained * reduced // s.workers + (s.reduce * (s.weights.trained - reduced) if s.accumulating else 0),
+        "gathered weights": s.gathered_root + weights + (early if s.workers > 1 and earlier else 0),
+        "activations": s.tokens * values,
+        "gradients in flight": _head_gradient(s) + s.compute * s.trained_in(layer) + summed,
+    }
+
+
+def _at_root(s: Sizes) -> dict[str, int]:
+    """When the root's gradient is there as computed, in the buffer that is summed, and as accumulated; layers are reduced."""
     root = (s.compute + s.reduce + (s.reduce if s.accumulating else 0)) * s.trained_root
     return {
         "gradients": s.trained * s.weights.trained // s.workers,
         "gathered weights": s.gathered_root,
-        "gradients in flight": root + s.reduce * s.trained_layer,
+        "gradients in flight": root + s.reduce * s.trained_in(s.shape.layers[0]),
     }
 
 
-_PARTS_AT: dict[str, Callable[[Sizes], dict[str, int]]] = {"loss": _at_loss, "backward": _at_backward, "reduction": _at_reduction}
+def _moments(s: Sizes) -> Iterator[tuple[str, dict[str, int]]]:
+    yield "loss", _at_loss(s)
+    yield "backward of the last layer", _at_backward(s)
+    for index in range(len(s.shape.layers)):
+        yield f"end of the backward of layer {index}", _at_layer_end(s, index)
+    yield "reduction of the root", _at_root(s)
 
 
 def saved_activations(shape: ModelShape, tokens: int, compute: int, adapter: Adapter, *, checkpointing: bool) -> int:

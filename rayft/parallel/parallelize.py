@@ -14,7 +14,7 @@ from rayft.types import ModelSpec
 
 
 def parallelize(module: Any, spec: ModelSpec, parallel: Parallel, mesh: Mesh, compute: torch.dtype, reduce: torch.dtype) -> None:
-    """Checkpointing, then compile, then FSDP2. Tensor and pipeline parallelism would come first.
+    """Compile, then checkpointing around it, then FSDP2. Tensor and pipeline parallelism would come first.
 
     Args:
         module: on the meta device, adapted and patched, with `head_terms` attached.
@@ -24,9 +24,5 @@ def parallelize(module: Any, spec: ModelSpec, parallel: Parallel, mesh: Mesh, co
         compute, reduce: precisions.
     """
     layers = layers_of(module, spec.layers)
-    if parallel.activation_checkpointing:
-        activation.checkpoint_layers(module)
-    if parallel.compile:
-        for layer in layers:
-            layer.compile()  # in place: a wrapper would put _orig_mod into every parameter name
+    activation.wrap_layers(layers, compile_layers=parallel.compile, recompute=parallel.activation_checkpointing)
     fsdp.shard(module, layers, mesh, compute, reduce)

@@ -24,6 +24,7 @@ ROOMS_OF_LIBRARY: dict[str, tuple[str, ...]] = {
     "vllm": ("rayft/rollout/", "rayft/weight_sync/"),
     "transformers": ("rayft/models/",),
     "tokenizers": ("rayft/models/",),
+    "huggingface_hub": ("rayft/models/",),
     "peft": ("rayft/models/",),
     "trl": (),
     "datasets": ("rayft/data/",),

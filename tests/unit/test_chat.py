@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CHATML, SPECIAL, tiny_tokenizer
 
 from rayft.config.schema import Model
 from rayft.data.chat import Conversation, Span, mark_finder, renderer, token_weights, trained_spans
 from rayft.errors import DataError
 from rayft.models.tokenizer import Backend, Tokenizer, exact_backend, load_tokenizer
+from tiny import CHATML, SPECIAL, tiny_tokenizer
 
 LLAMA3 = (
     "{{ '<|begin_of_text|>' }}{% for m in messages %}"
@@ -35,7 +35,8 @@ GEMMA = (
 )
 # Reasoning of turns before the last question is dropped; the turns after it always show it.
 QWEN3 = (
-    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% set ns = namespace(last=0) %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
     "{% for m in messages %}{% set text = m['content'] or '' %}{% set role = 'user' if m['role'] == 'tool' else m['role'] %}"
     "{{ '<|im_start|>' + role + '\n' }}"
     "{% if m['role'] == 'assistant' %}{% set thought = '' %}{% if '</think>' in text %}"
@@ -52,14 +53,17 @@ R1 = (
     "{% if add_generation_prompt %}{{ '[A]<think>\n' }}{% endif %}"
 )
 DEFAULT_SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe good.<|im_end|>\n' }}{% endif %}" + CHATML
-PLAIN = "{% for m in messages %}{{ m['role'] | upper + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+PLAIN = (
+    "{% for m in messages %}{{ m['role'] | upper + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+)
 # Only the last turn of a conversation is closed, and nothing marks the end of the others.
 CLOSED_ONCE = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] }}{% endfor %}{{ '</s>' }}"
 
-HI = {"role": "user", "content": "Hi "}
+HI: dict[str, Any] = {"role": "user", "content": "Hi "}
 BYE = {"role": "user", "content": "Bye"}
-YES = {"role": "assistant", "content": " Yes. "}
-OK = {"role": "assistant", "content": "Ok"}
+YES: dict[str, Any] = {"role": "assistant", "content": " Yes. "}
+OK: dict[str, Any] = {"role": "assistant", "content": "Ok"}
 SYSTEM = {"role": "system", "content": "Go"}
 THOUGHT = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes"}
 SECOND_THOUGHT = {"role": "assistant", "content": "<think>\nso\n</think>\n\nOk"}
@@ -79,7 +83,9 @@ def backend(tokenizer: Tokenizer) -> Backend:
     return exact_backend(tokenizer)
 
 
-def marked(tokenizer: Tokenizer, template: str, messages: Messages, roles: tuple[str, ...] = ("assistant",), everything: bool = False) -> str:
+def marked(
+    tokenizer: Tokenizer, template: str, messages: Messages, roles: tuple[str, ...] = ("assistant",), everything: bool = False
+) -> str:
     """The rendered conversation with its trained characters between {+ and +}."""
     tokenizer.chat_template = template
     conversation = Conversation(messages, tuple(m.get("train", everything or m["role"] in roles) for m in messages), everything)
@@ -139,7 +145,8 @@ def marked(tokenizer: Tokenizer, template: str, messages: Messages, roles: tuple
         ),
         pytest.param(
             QWEN3, [HI, CALL, RESULT, THOUGHT, BYE, CALL, RESULT, OK],
-            '<|im_start|>user\nHi <|im_end|>\n<|im_start|>assistant\n{+<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>+}\n'
+            "<|im_start|>user\nHi <|im_end|>\n<|im_start|>assistant\n"
+            '{+<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>+}\n'
             "<|im_start|>user\n2<|im_end|>\n<|im_start|>assistant\n{+Yes<|im_end|>+}\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
             '{+<think>\n\n</think>\n\n<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>+}\n'
             "<|im_start|>user\n2<|im_end|>\n<|im_start|>assistant\n{+<think>\n\n</think>\n\nOk<|im_end|>+}\n", id="qwen3 with tools",
@@ -196,8 +203,16 @@ def test_content_that_imitates_the_template_misleads_nobody(tokenizer: Tokenizer
         (MISTRAL, [HI, BYE, OK], "refuses the row (roles must alternate)"),
         (CHATML, [HI, CALL], "refuses the row ('dict object' has no attribute 'content')"),
         # Each of these lets a later turn change an earlier one in a way that replacing the content does not undo.
-        ("{% for m in messages %}{{ '[' ~ loop.revindex ~ ']' + m['content'] | upper }}{% endfor %}", [HI, OK, BYE], "message 1 (assistant)"),
+        ("{% for m in messages %}{{ loop.revindex ~ m['content'] | upper }}{% endfor %}", [HI, OK, BYE], "message 1 (assistant)"),
         ("{% for m in messages | reverse %}{{ m['content'] + m['content'] }}{% endfor %}", [HI, OK, BYE], "message 1 (assistant)"),
+        (
+            "{% for m in messages %}{{ loop.revindex ~ m['content'] }}{% endfor %}{{ messages[1]['content'] | length }}",
+            [HI, OK, BYE],
+            "message 1",
+        ),
+        ("{% for m in messages %}{{ loop.revindex ~ m['content'] | replace('Ok', 'No') }}{% endfor %}", [HI, OK, BYE], "message 1"),
+        # A chat that ends with the turn would show its end-of-turn token, and is refused.
+        ("{% if messages[-1]['role'] != 'user' %}{{ raise_exception('no') }}{% endif %}" + CHATML, [HI, OK, BYE], "message 1 (assistant)"),
         # These do not show what the turn says.
         (CHATML.replace("message['content']", "(message['content'] if loop.first else '')"), [HI, OK], "message 1 (assistant)"),
         (CHATML.replace("message['content']", "(message['content'] or '')"), [HI, CALL], "message 1 (assistant)"),
@@ -212,8 +227,8 @@ def test_what_cannot_be_told_is_refused(tokenizer: Tokenizer, template: str, mes
 
 def test_end_of_turn_tokens() -> None:
     find = mark_finder(["</s>", "<|eot_id|>", "<|im_end|>", "s>"])
-    texts = ["a</s>", "a<|im_end|>\n", "a</s><|eot_id|> \n", "a</s> <|eot_id|>", "</s>", "a", "", "</s>a\n"]
-    assert [find(text) for text in texts] == ["</s>", "<|im_end|>", "</s><|eot_id|>", "<|eot_id|>", "</s>", "", "", ""]
+    texts = ["a</s>", "a<|im_end|>\n", "a</s><|eot_id|> \n", "a</s> <|eot_id|>", "</s>", "a", "", "</s>a\n", "</s></s>"]
+    assert [find(text) for text in texts] == ["</s>", "<|im_end|>", "</s><|eot_id|>", "<|eot_id|>", "</s>", "", "", "", "</s></s>"]
 
 
 def brute_force(offsets: list[Span], spans: list[Span]) -> list[float]:
@@ -257,10 +272,10 @@ def test_a_straddling_token_is_masked_from_both_sides(backend: Backend, before: 
 
 
 def test_smollm2_on_its_own_tokenizer() -> None:
-    folder = Path(__file__).parents[3] / "shared" / "data" / "smollm2_tokenizer"
-    if not folder.is_dir():
-        pytest.skip("no SmolLM2 tokenizer beside the project")
-    tokenizer = load_tokenizer(Model(path=str(folder)))
+    folder = os.environ.get("RAYFT_TEST_SMOLLM2")
+    if folder is None:
+        pytest.skip("RAYFT_TEST_SMOLLM2 names no folder with the tokenizer of SmolLM2-135M-Instruct")
+    tokenizer = load_tokenizer(Model(path=folder))
     assert marked(tokenizer, str(tokenizer.chat_template), [HI, YES]) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nHi <|im_end|>\n<|im_start|>assistant\n{+ Yes. <|im_end|>+}\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CHATML, tiny_tokenizer
 
 from rayft.config.schema import Data, Dataset, Model
 from rayft.data.formats import EMPTY, NOTHING_TO_TRAIN, TOO_LONG, Encoded, Encoder, make_encoder
 from rayft.errors import DataError
 from rayft.models.tokenizer import Tokenizer, load_tokenizer
+from tiny import CHATML, tiny_tokenizer
 
 CHAT = Dataset(path="x")
 TEXT = Dataset(path="x", format="text")
@@ -54,7 +55,8 @@ def shown(encoder: Encoder, encoded: Encoded) -> list[str]:
         assert document.tokens.shape == document.loss_weights.shape
         edges = np.flatnonzero(np.diff(document.loss_weights, prepend=0, append=0))
         runs = np.split(document.tokens, edges)
-        texts.append("".join(f"{{+{encoder.tokenizer.decode(run)}+}}" if i % 2 else encoder.tokenizer.decode(run) for i, run in enumerate(runs)))
+        decoded = [str(encoder.tokenizer.decode(run)) for run in runs]
+        texts.append("".join(f"{{+{text}+}}" if i % 2 else text for i, text in enumerate(decoded)))
     return texts
 
 
@@ -70,7 +72,10 @@ def chatml(*turns: tuple[str, str]) -> str:
     [
         [HI, OK],
         [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ok"}],
-        [{"role": "user", "content": ["H", {"type": "text", "text": "i"}]}, {"role": "model", "content": [{"content": "O"}, {"value": "k"}]}],
+        [
+            {"role": "user", "content": ["H", {"type": "text", "text": "i"}]},
+            {"role": "model", "content": [{"content": "O"}, {"value": "k"}]},
+        ],
         [{**HI, "name": None, "tool_calls": None, "weight": None}, {**OK, "train": None}],
         ({"from": "human", "role": None} | HI, OK),
     ],
@@ -116,7 +121,8 @@ def test_tools_reach_the_template(folder: Path, caplog: pytest.LogCaptureFixture
     as_text = '[{"type": "function", "function": {"name": "add", "parameters": {}}}]'
     for tools in ([TOOL], (TOOL,), as_text):
         assert shown(shows, shows.encode({"messages": [HI, OK], "tools": tools}, CHAT, "row")) == expected
-    for nothing in (None, "", [], "[]"):
+    nothings: tuple[Any, ...] = (None, "", [], "[]")
+    for nothing in nothings:
         assert shown(shows, shows.encode({"messages": [HI, OK], "tools": nothing}, CHAT, "row")) == [expected[0].removeprefix(as_text)]
     assert caplog.records == []
     hides = encoder_of(load_tokenizer(Model(path=str(folder))))
@@ -146,8 +152,7 @@ def test_length_policy_counts_and_cuts_token_ids(tokenizer: Tokenizer) -> None:
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(st.sampled_from("The answer. \n\u4e16\U0001f600"), max_size=40), seq_len=st.integers(1, 12))
 def test_texts_are_cut_into_pieces_that_join_to_the_whole(encoder: Encoder, text: str, seq_len: int) -> None:
-    cut = make_cut(encoder, seq_len)
-    encoded = cut.encode({"text": text}, TEXT, "row")
+    encoded = replace(encoder, data=Data(train={"d": TEXT}, seq_len=seq_len)).encode({"text": text}, TEXT, "row")
     if not text.strip():
         assert (encoded.documents, encoded.dropped) == ((), EMPTY)
         return
@@ -157,16 +162,9 @@ def test_texts_are_cut_into_pieces_that_join_to_the_whole(encoder: Encoder, text
     if seq_len == 1:
         assert (pieces, encoded.dropped) == ([], NOTHING_TO_TRAIN)
         return
-    assert sum(pieces, []) == ids[:kept]
+    assert [token for piece in pieces for token in piece] == ids[:kept]
     assert all(len(piece) == seq_len for piece in pieces[:-1])
     assert all(document.loss_weights.tolist() == [0] + [1] * (len(document.tokens) - 1) for document in encoded.documents)
-
-
-def make_cut(encoder: Encoder, seq_len: int) -> Encoder:
-    """The encoder with another length, without building its tokenizer again."""
-    from dataclasses import replace
-
-    return replace(encoder, data=encoder.data.model_copy(update={"seq_len": seq_len}))
 
 
 def test_texts_begin_with_the_token_that_the_tokenizer_adds(folder: Path) -> None:
@@ -191,7 +189,8 @@ def test_many_rows_equal_one_by_one(encoder: Encoder) -> None:
         single = [encoder.encode(row, dataset, "row") for row in rows]
         assert [encoded.dropped for encoded in many] == [encoded.dropped for encoded in single]
         assert [shown(encoder, encoded) for encoded in many] == [shown(encoder, encoded) for encoded in single]
-    assert [encoded.dropped for encoded in encoder.encode_many(chats, CHAT, ["row"] * 7)] == [None, None, EMPTY, NOTHING_TO_TRAIN, *[None] * 3]
+    reasons = [encoded.dropped for encoded in encoder.encode_many(chats, CHAT, ["row"] * 7)]
+    assert reasons == [None, None, EMPTY, NOTHING_TO_TRAIN, None, None, None]
     assert encoder.encode({"text": None}, TEXT, "row").dropped == EMPTY
 
 
@@ -277,8 +276,15 @@ TEMPLATES = Path(__file__).parents[2] / "rayft" / "data" / "templates"
 CALL = {"function": {"name": "add", "arguments": {"a": 1}}}
 
 
-@pytest.mark.parametrize("spelling", [str, lambda text: [text[:1], text[1:]], lambda text: [{"type": "text", "text": text[:1]}, {"value": text[1:]}],
-                                      lambda text: [{"content": text}]])  # fmt: skip
+SPELLINGS: dict[str, Callable[[str], Any]] = {
+    "string": str,
+    "strings": lambda text: [text[:1], text[1:]],
+    "text and value": lambda text: [{"type": "text", "text": text[:1]}, {"value": text[1:]}],
+    "content": lambda text: [{"content": text}],
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS.keys())
 def test_chatml_bytes(folder: Path, spelling: Callable[[str], Any]) -> None:
     tokenizer = load_tokenizer(Model(path=str(folder), chat_template="chatml"))
     messages = [

@@ -76,10 +76,12 @@ def test_a_holder_that_gives_signs_of_life_keeps_the_lock(tmp_path: Path) -> Non
     lock = tmp_path / "lock"
     lock.write_text("elsewhere 1 x")
     done = threading.Event()
-    beat = threading.Thread(target=locks._touch, args=(lock, done))
+    beat = threading.Thread(target=locks._touch, args=(lock, done), daemon=True)
     beat.start()
+    started = time.monotonic()
     with pytest.raises(InfrastructureError, match=r"elsewhere 1 .* still holds it after 1 s"), exclusive(lock, 1.0):
         pass
+    assert time.monotonic() - started < 5
     done.set()
     beat.join()
     assert lock.read_text() == "elsewhere 1 x"

@@ -152,7 +152,7 @@ def test_a_batch_holds_the_shifted_documents_end_to_end() -> None:
     first = Row(
         4,
         np.array([11, 12, 13, 21, 22], np.int32),
-        np.array([0, 0, 0.5, 0, 1], np.float32),
+        np.array([0, 0, 0.5, 1, 1], np.float32),
         np.array([3, 2], np.int32),
         np.array([0, 1], np.int32),
         5,
@@ -191,17 +191,21 @@ def test_rows_that_do_not_count_are_blank(folder: Path) -> None:
 
 def test_prefetch_yields_the_steps_in_order_one_ahead() -> None:
     built: list[int] = []
-    batches = prefetch(lambda step: built.append(step) or [step], range(3, 6))  # type: ignore[func-returns-value,list-item]
-    assert next(batches)[0] == [3]
+
+    def build(step: int) -> str:
+        built.append(step)
+        return f"step {step}"
+
+    steps = prefetch(build, range(3, 6))
+    assert next(steps)[0] == "step 3"
     time.sleep(0.2)
     assert built == [3, 4]
-    assert [batch for batch, _ in batches] == [[4], [5]]
+    assert [result for result, _ in steps] == ["step 4", "step 5"]
 
 
 def test_prefetch_counts_the_seconds_that_it_was_waited_for() -> None:
-    def build(step: int) -> list[Batch]:
+    def build(step: int) -> None:
         time.sleep(0.2)
-        return []
 
     waits = []
     for _, waited in prefetch(build, range(2)):
@@ -222,7 +226,7 @@ def test_an_error_in_the_thread_reaches_the_trainer_with_its_type(tmp_path: Path
 
 
 def test_prefetch_leaves_no_thread_behind() -> None:
-    steps = prefetch(lambda step: [], range(1000))
+    steps = prefetch(lambda step: step, range(1000))
     next(steps)
     steps.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rayft-reader")]

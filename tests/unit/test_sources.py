@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rayft.data.sources import COMPRESSIONS, read_rows, resolve_files, row_place
 from rayft.errors import DataError
 
 # Everything that some readers take for a line end, and only "\n" is one: CR, VT, FF, FS, NEL, LS, PS.
-TEXTS = st.text(st.sampled_from("ab{}\" \r\x0b\x0c\x1c\x85\u2028\u2029\u00e9\U0001f600"), max_size=8)
+TEXTS = st.text(st.sampled_from('ab{}" \r\x0b\x0c\x1c\x85\u2028\u2029\u00e9\U0001f600'), max_size=8)
 ENDS = st.sampled_from(["\n", "\r\n"])
 BLANKS = st.lists(st.sampled_from(["", " ", "\r", "\t"]), max_size=2)
 
@@ -32,7 +33,7 @@ def zstd(data: bytes) -> bytes:
     return b"".join(pa.Codec("zstd").compress(part, asbytes=True) for part in (data[:half], data[half:]))
 
 
-PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+PACK: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
 
 
 def rows_of(file: Path, target: int) -> list[tuple[int, dict[str, Any]]]:
@@ -154,6 +155,13 @@ def test_damaged_rows_are_named(tmp_path: Path, name: str, content: bytes, said:
     with pytest.raises(DataError) as caught:
         rows_of(file, 1000)
     assert said in str(caught.value)
+
+
+def test_parquet_strings_that_are_not_utf8_are_damage(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": pa.array([b"\xff"]).view(pa.string())}), file)
+    with pytest.raises(DataError, match=r"a\.parquet: the file is damaged \('utf-8' codec"):
+        values(file)
 
 
 def test_errors_of_the_operating_system_are_not_called_damage(tmp_path: Path) -> None:

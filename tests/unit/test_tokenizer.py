@@ -7,11 +7,11 @@ import logging
 from pathlib import Path
 
 import pytest
-from tiny import CHATML, tiny_tokenizer
 
 from rayft.config.schema import Model
 from rayft.errors import DataError
 from rayft.models.tokenizer import exact_backend, fingerprint, leading_tokens, load_tokenizer, special_tokens, template_text
+from tiny import CHATML, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,9 @@ def test_the_tokenizer_folder_may_differ_from_the_model(folder: Path, tmp_path: 
         load_tokenizer(Model(path=str(folder), tokenizer=str(tmp_path)))
 
 
-@pytest.mark.parametrize(("model_type", "rule"), [("llama", "no tokenizer can be read"), ("qwen2", "empty vocabulary"), ("gemma", "empty vocabulary")])
+@pytest.mark.parametrize(
+    ("model_type", "rule"), [("llama", "no tokenizer can be read"), ("qwen2", "empty vocabulary"), ("gemma", "empty vocabulary")]
+)
 def test_a_model_folder_without_tokenizer_is_refused(tmp_path: Path, model_type: str, rule: str) -> None:
     """Transformers answers some of them with a tokenizer of no words."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))

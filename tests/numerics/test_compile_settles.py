@@ -1,0 +1,52 @@
+"""torch.compile per decoder layer: no recompilation after warm-up however the documents lie, and the same losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from families import make_batch, write_model
+from ranks import run_ranks
+
+from rayft.config.load import load
+from rayft.types import Session
+
+WARM_UP, BATCHES = 3, 50
+
+
+def losses_and_graphs(rank: int, world: int, folder: str, overrides: list[str]) -> tuple[list[float], list[int]]:
+    """Loss and number of compiled graphs after each of BATCHES micro-batches, each with other document lengths."""
+    import torch
+
+    from rayft.losses.supervised import NEED, next_token
+    from rayft.parallel.mesh import build_mesh
+    from rayft.train.build import build_model
+    from rayft.train.step import forward_backward
+
+    cfg: Any = load([], ["method=sft", "run.name=x", f"model.path={folder}", "data.train.a.path=x", *overrides])
+    session = Session(
+        rank=rank, world_size=world, local_rank=rank, device="cpu", run_dir=Path("."), report=lambda *_: None, deadline_s=60
+    )
+    mesh = build_mesh("cpu", world)
+    model = build_model(cfg, session, mesh)
+    rng, losses, graphs = np.random.default_rng(0), [], []
+    for index in range(BATCHES):
+        cuts = np.sort(rng.choice(np.arange(1, 64), size=rng.integers(0, 9), replace=False))
+        lengths = np.diff(np.concatenate([[0], cuts, [64]])).tolist()
+        sums, divisor = forward_backward([model], [make_batch([lengths], seed=index)], next_token, NEED, mesh)
+        for parameter in model.parameters():
+            parameter.grad = None
+        losses.append((sums["train/loss"] / divisor).item())
+        graphs.append(int(torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+    return losses, graphs
+
+
+def test_fifty_batches_of_different_documents_compile_nothing_after_warm_up(tmp_path: Path) -> None:
+    folder = str(write_model("qwen3", tmp_path))
+    plain, none = run_ranks(1, losses_and_graphs, folder, [])[0]
+    for overrides in (["parallel.compile=true"], ["parallel.compile=true", "parallel.activation_checkpointing=true"]):
+        compiled, graphs = run_ranks(1, losses_and_graphs, folder, overrides)[0]
+        assert none[-1] == 0 < graphs[WARM_UP]
+        assert graphs[-1] == graphs[WARM_UP], graphs
+        np.testing.assert_allclose(compiled, plain, rtol=1e-5)

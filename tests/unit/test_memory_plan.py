@@ -1,0 +1,201 @@
+"""The memory plan against what one step of the real model allocates, part by part and in all."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from rayft.config.schema import Adapter, BatchShape, Model, Parallel, SftRun
+from rayft.losses.supervised import NEED, next_token
+from rayft.models.load import named_trainable
+from rayft.observe.flops import ModelShape, shape_of
+from rayft.optim.build import build_optimizer
+from rayft.parallel import memory
+from rayft.parallel.mesh import build_mesh
+from rayft.train.build import build_model
+from rayft.train.step import forward_backward, update
+from rayft.types import Batch, Session
+
+TOKENS = 512
+LORA = {"type": "lora", "r": 8}
+BF16 = {"compute_dtype": "bfloat16"}
+SIZES: dict[str, Any] = {
+    "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
+    yield
+    dist.destroy_process_group()
+    torch.set_num_threads(threads)
+
+
+def real_config(model_type: str, **fields: Any) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(model_type, **(SIZES | {"tie_word_embeddings": True} | fields))
+
+
+def batch(lengths: list[int]) -> Batch:
+    tokens = sum(lengths)
+    numbers = torch.arange(tokens)
+    return Batch(
+        tokens=numbers % 1000,
+        positions=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+        targets=numbers % 1000,
+        loss_weights=torch.ones(tokens),
+        trained=numbers,
+        row_keys=numbers,
+        source_ids=torch.zeros(tokens, dtype=torch.int32),
+        document_lengths=tuple(lengths),
+        num_tokens=tokens,
+    )
+
+
+def local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def size(tensors: Iterator[Any]) -> int:
+    return sum(local(tensor).numel() * local(tensor).element_size() for tensor in tensors)
+
+
+def measured(config: Any, cfg: SftRun, folder: Path, micro_batches: int) -> tuple[int, int, int]:
+    """(parameters, optimizer states, most that the second step allocates beside them), in bytes."""
+    config.save_pretrained(folder)
+    session = Session(0, 1, 0, "cpu", folder, lambda metrics, directory, finish: None, 60.0)
+    mesh = build_mesh("cpu", 1)
+    model = build_model(cfg, session, mesh)
+    optimizer = build_optimizer(named_trainable(model), cfg.optim, fused=True)
+
+    def step() -> None:
+        batches = [batch([300, TOKENS - 300]) for _ in range(micro_batches)]
+        forward_backward([model], batches, next_token, NEED, mesh)
+        update([model], optimizer, 1.0)
+
+    step()
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    states = size(tensor for state in optimizer.state.values() for tensor in state.values())
+    return size(parameter for _, parameter in model.named_parameters()), states, max(held)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "sections", "micro_batches"),
+    [
+        ("llama", {}, {}, 1),
+        ("llama", {"tie_word_embeddings": False}, {"model": BF16}, 3),
+        ("llama", {}, {"parallel": {"activation_checkpointing": True}}, 1),
+        ("llama", {"num_hidden_layers": 2, "intermediate_size": 1408}, {"parallel": {"activation_checkpointing": True}}, 1),
+        ("llama", {"num_attention_heads": 8, "head_dim": 64, "intermediate_size": 64}, {}, 1),
+        ("llama", {"num_hidden_layers": 1, "vocab_size": 4096, "hidden_size": 1024}, {}, 1),
+        ("llama", {"hidden_size": 512, "intermediate_size": 2048}, {}, 1),
+        ("qwen3", {"head_dim": 64}, {"model": BF16}, 1),
+        ("qwen3", {"head_dim": 64}, {"adapter": LORA}, 1),
+        ("llama", {}, {"adapter": LORA, "model": BF16, "parallel": {"activation_checkpointing": True}}, 1),
+        ("llama", {}, {"adapter": LORA | {"targets": ["q_proj", "v_proj"], "dropout": 0.1}, "model": BF16}, 1),
+    ],
+)
+@pytest.mark.usefixtures("group")
+def test_what_a_step_needs_is_planned_within_a_tenth(
+    model_type: str, fields: dict[str, Any], sections: dict[str, Any], micro_batches: int, tmp_path: Path
+) -> None:
+    values: dict[str, Any] = {
+        "method": "sft",
+        "run": {"name": "plan"},
+        "data": {"train": {"a": {"path": "none"}}, "seq_len": TOKENS},
+        "batch": {"rows": micro_batches},
+        "parallel": {},
+        **sections,
+    }
+    values["model"] = {"path": str(tmp_path), "init": "random", **sections.get("model", {})}
+    cfg = SftRun.model_validate(values)
+    config = real_config(model_type, **fields)
+    parameters, states, step = measured(config, cfg, tmp_path, micro_batches)
+    shape = shape_of(config)
+    assert shape is not None
+    plan = memory.estimate(
+        shape, seq_len=TOKENS, batch=cfg.batch, parallel=cfg.parallel, adapter=cfg.adapter, model=cfg.model, device="cpu"
+    )
+    parts = dict(plan.parts)
+    assert parts["parameters"] == pytest.approx(parameters, rel=0.01)
+    assert parts["optimizer states"] == pytest.approx(states, rel=0.01)
+    assert plan.total - parts["runtime"] - parts["parameters"] - parts["optimizer states"] == pytest.approx(step, rel=0.1), plan
+
+
+def shape() -> ModelShape:
+    found = shape_of(real_config("llama", num_hidden_layers=3))
+    assert found is not None
+    return found
+
+
+def plan(**sections: Any) -> memory.MemoryPlan:
+    values = {"batch": BatchShape(rows=64, micro_rows=1), "parallel": Parallel(), "adapter": Adapter(), "model": Model(path="m")} | sections
+    return memory.estimate(shape(), seq_len=256, device="cuda", **values)
+
+
+def test_more_workers_share_the_state_and_nothing_else() -> None:
+    one, eight = plan(batch=BatchShape(rows=1)).parts, plan(batch=BatchShape(rows=8), parallel=Parallel(workers=8)).parts
+    for part in ("parameters", "optimizer states"):
+        assert one[part] == 8 * eight[part]
+    assert one["activations"] == eight["activations"]
+
+
+def test_types_of_what_is_held() -> None:
+    total = shape().parameters
+    full, frozen = plan(), plan(adapter=Adapter(type="lora", r=4))
+    adapter = memory.weights_of(shape(), Adapter(type="lora", r=4)).adapter
+    assert full.parts["parameters"] == 4 * total
+    assert full.parts["optimizer states"] == 8 * total
+    assert frozen.parts["parameters"] == 2 * total + 4 * adapter
+    assert frozen.parts["optimizer states"] == 8 * adapter
+    assert plan(model=Model(path="m", dtype="bfloat16")).parts["optimizer states"] == 4 * total
+
+
+def test_the_table_adds_up_and_leaves_out_nothing() -> None:
+    found = plan()
+    assert sum(bytes_ for _, bytes_ in found.table()) == found.total
+    assert [bytes_ for _, bytes_ in found.table()] == sorted((b for b in found.parts.values() if b), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "copied"),
+    [
+        ({}, 0),
+        ({"targets": ("q_proj", "down_proj")}, 0),
+        ({"targets": r"model\.layers\.[01]\.self_attn\..*_proj"}, 0),
+        ({"modules_to_save": ("lm_head",)}, 2048 * 128),
+    ],
+)
+def test_adapters_are_counted_as_peft_makes_them(fields: dict[str, Any], copied: int) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from rayft.models.adapt import adapt
+
+    adapter = Adapter(type="lora", r=4, **fields)
+    config = real_config("llama", num_hidden_layers=3, tie_word_embeddings=not copied)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    adapt(model, adapter, seed=0)
+    found = shape_of(config)
+    assert found is not None
+    weights = memory.weights_of(found, adapter)
+    trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert weights.adapter == sum(count for name, count in trained.items() if ".lora_" in name)
+    assert weights.copied == sum(count for name, count in trained.items() if "modules_to_save" in name) == copied
+    assert weights.head_trained == bool(copied)
