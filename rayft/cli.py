@@ -30,7 +30,7 @@ AS_WRITTEN = argparse.RawDescriptionHelpFormatter
 ABOUT = """rayft fine-tunes language models on Ray.
 
 example:
-  rayft train recipes/configs/demo/tiny_sft.yaml optim.lr=1e-4 --local
+  rayft train recipes/configs/tiny/demo.yaml optim.lr=1e-4 --local
 """
 EXIT_CODES = "exit codes: 2 configuration, 3 data, 4 resources, 5 training, 6 infrastructure; only 4 and 6 are worth a retry"
 

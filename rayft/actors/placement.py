@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 
 from rayft.config.schema import Parallel
 from rayft.errors import ResourceError
+from rayft.optim.schedules import rows_of_epochs
 
 DATA_CPUS = 1
 """CPUs that workers leave to Ray Data: without one, its tasks and the training that waits for them never start."""
@@ -124,4 +123,4 @@ def derive_steps(num_rows: int, rows: int, epochs: float, max_steps: int | None)
     """
     if max_steps is not None:
         return max_steps
-    return math.ceil(Fraction(str(epochs)) * num_rows / rows)
+    return -(-rows_of_epochs(num_rows, epochs) // rows)

@@ -77,8 +77,8 @@ def prepare(cfg: SftRun, split: Literal["train", "eval"], *, use_ray: bool) -> P
     """
     tokenizer = load_tokenizer(cfg.model)
     key = shards.shard_key(cfg, split, fingerprint(tokenizer))
-    cache = Path(cfg.data.cache_dir) if cfg.data.cache_dir is not None else Path(cfg.run.dir) / ".shards"
-    directory = cache / f"{split}-{key[:16]}"
+    directory = _folder(cfg, split, key)
+    cache = directory.parent
     if not shards.is_complete(directory):
         directory.mkdir(parents=True, exist_ok=True)
         with exclusive(cache / f"{directory.name}.lock", cfg.run.deadline_s):
@@ -86,6 +86,18 @@ def prepare(cfg: SftRun, split: Literal["train", "eval"], *, use_ray: bool) -> P
                 _fill(cfg, split, key, directory, tokenizer, use_ray=use_ray)
     shards.verify(directory, shards.read_manifest(directory).shards)
     return directory
+
+
+def existing(cfg: SftRun, split: Literal["train", "eval"]) -> shards.Manifest | None:
+    """The manifest of a split's packed shards when they are complete already, without packing anything."""
+    key = shards.shard_key(cfg, split, fingerprint(load_tokenizer(cfg.model)))
+    directory = _folder(cfg, split, key)
+    return shards.read_manifest(directory) if shards.is_complete(directory) else None
+
+
+def _folder(cfg: SftRun, split: str, key: str) -> Path:
+    cache = Path(cfg.data.cache_dir) if cfg.data.cache_dir is not None else Path(cfg.run.dir) / ".shards"
+    return cache / f"{split}-{key[:16]}"
 
 
 def pack_unit(unit: Unit, encoder: Encoder, directory: Path) -> shards.UnitSummary:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from rayft.config.schema import Optim
+
+
+def rows_of_epochs(num_rows: int, epochs: float) -> int:
+    """Rows that `epochs` passes over `num_rows` rows take, rounded up; epochs as written: 1.1 times 100 rows is 110."""
+    return math.ceil(Fraction(str(epochs)) * num_rows)
 
 
 def warmup_steps(optim: Optim, total_steps: int) -> int:

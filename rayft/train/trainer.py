@@ -29,7 +29,7 @@ from rayft.models.load import config_of, named_trainable
 from rayft.observe.log import MetricsLog, recorded
 from rayft.observe.metrics import finish as finish_metrics
 from rayft.optim.build import build_optimizer, set_lr
-from rayft.optim.schedules import lr_at
+from rayft.optim.schedules import lr_at, rows_of_epochs
 from rayft.parallel.mesh import build_mesh
 from rayft.train.build import build_model
 from rayft.train.evaluate import eval_batches, evaluate
@@ -119,7 +119,7 @@ class Trainer:
             self._flush()
             self._save()
         self._evaluate_if_due()
-        self.event("step_end", self.step)
+        self.event("step_end", self.step, batches=self.meter.batches)
 
     def event(self, name: str, step: int, **state: Any) -> None:
         """Tell every callback; one that raises stops the run."""
@@ -131,7 +131,7 @@ class Trainer:
 
     def _row_limit(self) -> int | None:
         """Rows that count when the run ends by epochs: the last step may be partly empty. Steps given by number repeat rows."""
-        return None if self.cfg.run.max_steps else round(self.cfg.run.epochs * self.reader.num_rows)
+        return None if self.cfg.run.max_steps else rows_of_epochs(self.reader.num_rows, self.cfg.run.epochs)
 
     def _restore(self) -> int:
         """Steps taken so far, after loading the newest committed checkpoint, the same one on every rank."""

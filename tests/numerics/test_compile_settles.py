@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from families import make_batch, write_model
 from ranks import run_ranks
-
 from rayft.config.load import load
 from rayft.types import Session
 
@@ -25,9 +25,7 @@ def losses_and_graphs(rank: int, world: int, folder: str, overrides: list[str]) 
     from rayft.train.step import forward_backward
 
     cfg: Any = load([], ["method=sft", "run.name=x", f"model.path={folder}", "data.train.a.path=x", *overrides])
-    session = Session(
-        rank=rank, world_size=world, local_rank=rank, device="cpu", run_dir=Path("."), report=lambda *_: None, deadline_s=60
-    )
+    session = Session(rank=rank, world_size=world, local_rank=rank, device="cpu", run_dir=Path("."), report=lambda *_: None, deadline_s=60)
     mesh = build_mesh("cpu", world)
     model = build_model(cfg, session, mesh)
     rng, losses, graphs = np.random.default_rng(0), [], []

@@ -171,6 +171,8 @@ def test_peaks_by_name(name: str, tera: float) -> None:
     assert peak_flops(name) == tera * 1e12
 
 
-@pytest.mark.parametrize("name", ["cpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A10G", "Tesla T4"])
+@pytest.mark.parametrize(
+    "name", ["cpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A10G", "Tesla T4"]
+)
 def test_an_unknown_device_has_no_peak(name: str) -> None:
     assert peak_flops(name) is None

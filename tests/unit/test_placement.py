@@ -62,7 +62,14 @@ def test_a_shortfall_is_a_sentence(fields: dict[str, int], device: str, resource
 
 @pytest.mark.parametrize(
     ("rows", "per_step", "epochs", "max_steps", "steps"),
-    [(100, 10, 1.0, None, 10), (101, 10, 1.0, None, 11), (100, 10, 1.1, None, 11), (1000, 10, 0.1, None, 10), (3, 8, 1.0, None, 1), (100, 10, 3.0, 7, 7)],
+    [
+        (100, 10, 1.0, None, 10),
+        (101, 10, 1.0, None, 11),
+        (100, 10, 1.1, None, 11),
+        (1000, 10, 0.1, None, 10),
+        (3, 8, 1.0, None, 1),
+        (100, 10, 3.0, 7, 7),
+    ],
 )
 def test_steps(rows: int, per_step: int, epochs: float, max_steps: int | None, steps: int) -> None:
     assert derive_steps(rows, per_step, epochs, max_steps) == steps
@@ -75,7 +82,9 @@ def test_steps_hold_all_rows_and_not_one_step_more(rows: int, per_step: int, hun
 
 
 @pytest.mark.parametrize(("address", "cores", "cpus"), [("10.0.0.1:6379", 2, None), (None, 2, 4), (None, 32, 32)])
-def test_ray_is_joined_bare_and_started_with_enough_cpus(address: str | None, cores: int, cpus: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_is_joined_bare_and_started_with_enough_cpus(
+    address: str | None, cores: int, cpus: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ray = pytest.importorskip("ray")
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(ray, "init", lambda **options: calls.append(options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -31,7 +32,9 @@ def test_written_out() -> None:
     linear = optim(schedule="linear", warmup=4, min_lr_ratio=0.5)
     assert [lr_at(step, 8, linear) / 2e-3 for step in range(8)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.875, 0.75, 0.625, 0.5])
     cosine = optim(schedule="cosine", warmup=0)
-    assert [lr_at(step, 5, cosine) / 2e-3 for step in range(5)] == pytest.approx([1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125), 0])
+    assert [lr_at(step, 5, cosine) / 2e-3 for step in range(5)] == pytest.approx(
+        [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125), 0]
+    )
 
 
 @given(SCHEDULES, st.integers(0, 30), st.integers(1, 60), st.floats(0, 1))
@@ -42,7 +45,7 @@ def test_every_schedule_starts_peaks_and_ends_as_documented(schedule: str, warmu
     peak = max(rising - 1, 0)
     assert rates[0] > 0 or total == 1
     assert rates[peak] == pytest.approx(section.lr)
-    assert all(a < b for a, b in zip(rates[:peak], rates[1 : peak + 1], strict=True))
+    assert all(a < b for a, b in itertools.pairwise(rates[: peak + 1]))
     assert all(a >= b - 1e-12 for a, b in zip(rates[peak:], rates[peak + 1 :], strict=False))
     if total - 1 > peak:
         assert rates[-1] == pytest.approx(section.lr if schedule == "constant" else ratio * section.lr, abs=1e-15)

@@ -71,7 +71,7 @@ class Adapter(Section):
 class Dataset(Section):
     """One source of rows."""
 
-    path: Str = Field(description="File, folder or glob: json, jsonl, parquet, csv, txt, each also as .gz, .bz2, .xz or .zst.")
+    path: Str = Field(description="File, folder or glob: json, jsonl, ndjson, parquet, csv, tsv, txt, each also as .gz, .bz2, .xz or .zst.")
     format: Literal["chat", "instruction", "text"] = Field(
         "chat", description="chat: a list of messages; instruction: instruction, input, output columns; text: one text column."
     )
