@@ -78,8 +78,17 @@ _FOUR_NORMS = {"gemma2", "gemma3_text", "glm4"}
 _NEEDED = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 # Parts that these formulas lack: latent attention, state spaces, shared K/V, per-layer embeddings, other interleavings.
 _UNCOUNTED = (
-    "kv_lora_rank", "mamba_d_state", "mamba_state_dim", "ssm_state_size", "state_size", "attn_layer_period", "global_head_dim",
-    "num_kv_shared_layers", "hidden_size_per_layer_input", "interleave_moe_layer_step", "is_encoder_decoder",
+    "kv_lora_rank",
+    "mamba_d_state",
+    "mamba_state_dim",
+    "ssm_state_size",
+    "state_size",
+    "attn_layer_period",
+    "global_head_dim",
+    "num_kv_shared_layers",
+    "hidden_size_per_layer_input",
+    "interleave_moe_layer_step",
+    "is_encoder_decoder",
 )
 
 
@@ -157,9 +166,7 @@ def attention_pairs(length: int, window: int | None) -> float:
     return seen * length - seen * seen / 2
 
 
-def flops_per_step(
-    shape: ModelShape, document_lengths: Iterable[int], head_tokens: int, *, adapter_parameters: int | None = None
-) -> float:
+def flops_per_step(shape: ModelShape, document_lengths: Iterable[int], head_tokens: int, *, adapter_parameters: int | None = None) -> float:
     """FLOPs of forward and backward of the documents, each run once.
 
     Args:

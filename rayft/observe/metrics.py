@@ -45,7 +45,9 @@ METRICS: dict[str, Metric] = {
     "eval/loss": Metric("nats per token", "token mean", "Negative log-likelihood of the evaluation's trained tokens, by loss weight."),
     "eval/perplexity": Metric("1", "same", "exp(eval/loss)."),
     "eval/num_tokens": Metric("tokens", "sum", "Loss weights of the evaluation: its trained tokens when each weighs 1."),
-    "checkpoint/stage_s": Metric("s", "rank 0", "Time that training stood still: waiting for the last checkpoint, copying this one's state."),
+    "checkpoint/stage_s": Metric(
+        "s", "rank 0", "Time that training stood still: waiting for the last checkpoint, copying this one's state."
+    ),
 }
 """Name -> meaning. A name is added here before it is logged; renaming one breaks dashboards."""
 
@@ -85,7 +87,7 @@ def page() -> str:
         "Generated from `rayft/observe/metrics.py` by `python -m rayft.observe.metrics > docs/metrics.md`.",
         "",
         "Rank 0 appends one JSON line per record to `metrics.jsonl` in the run's directory: `step`, the optimizer steps done so far, and",
-        "the values by name. A value that is not finite is the string `\"NaN\"`, `\"Infinity\"` or `\"-Infinity\"`. A line with the key",
+        'the values by name. A value that is not finite is the string `"NaN"`, `"Infinity"` or `"-Infinity"`. A line with the key',
         "`event` marks a start of the workers and holds no metric. Floats are written so that reading them gives the same bits.",
         "",
         "| name | unit | over ranks | meaning |",

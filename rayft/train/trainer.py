@@ -122,9 +122,21 @@ class Trainer:
         self.event("step_end", self.step, batches=self.meter.batches)
 
     def event(self, name: str, step: int, **state: Any) -> None:
-        """Tell every callback; one that raises stops the run."""
-        for callback in self.callbacks:
-            callback(name, {"step": step, "rank": self.session.rank, "run_dir": self.session.run_dir, **state})
+        """Tell every callback.
+
+        Raises:
+            TrainingError: one raised, which stops the run.
+        """
+        for function, callback in zip(self.launch.callbacks, self.callbacks, strict=True):
+            try:
+                callback(name, {"step": step, "rank": self.session.rank, "run_dir": self.session.run_dir, **state})
+            except Exception as problem:  # the user's code may raise anything
+                raise TrainingError(
+                    "run.callbacks",
+                    function.spec,
+                    f"raised {type(problem).__name__} at {name} of step {step}: {problem}",
+                    "Mend it or take it out, then run the same command again to resume",
+                ) from problem
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0

@@ -57,7 +57,7 @@ def delay_commit(event: str, state: Mapping[str, Any]) -> None:
         time.sleep(DELAY_S)
 
 
-def delay_last_commit(event: str, state: Mapping[str, Any]) -> None:
+def delay_commits(event: str, state: Mapping[str, Any]) -> None:
     """Delay every commit a little, also the last one, which nothing follows."""
     if event == "checkpoint_committing":
         time.sleep(2.0)

@@ -85,7 +85,7 @@ def test_a_mixture_counts_the_experts_that_a_token_visits() -> None:
     router = 1024 * 128
     dense = 3 * 1024 * 3072
     active, stored = 8 * 3 * 1024 * 768, 128 * 3 * 1024 * 768
-    with_dense_first = {"mlp_only_layers": [0], "decoder_sparse_step": 1}
+    with_dense_first: dict[str, Any] = {"mlp_only_layers": [0], "decoder_sparse_step": 1}
     sparse = flops(QWEN3_06B, [64], 0, **fields, **with_dense_first)
     assert sparse - flops(QWEN3_06B, [64], 0) == 6 * 64 * 27 * (router + active - dense)
     plain, mixture = shape_of(config(QWEN3_06B)), shape_of(config(QWEN3_06B, **fields, **with_dense_first))
@@ -171,8 +171,6 @@ def test_peaks_by_name(name: str, tera: float) -> None:
     assert peak_flops(name) == tera * 1e12
 
 
-@pytest.mark.parametrize(
-    "name", ["cpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A10G", "Tesla T4"]
-)
+@pytest.mark.parametrize("name", ["cpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A10G"])
 def test_an_unknown_device_has_no_peak(name: str) -> None:
     assert peak_flops(name) is None

@@ -65,7 +65,7 @@ def batch(lengths: list[int]) -> Batch:
     )
 
 
-def local(tensor: Any) -> torch.Tensor:
+def local(tensor: Any) -> Any:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -89,7 +89,7 @@ def measured(config: Any, cfg: SftRun, folder: Path, micro_batches: int) -> tupl
     step()
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     states = size(tensor for state in optimizer.state.values() for tensor in state.values())
     return size(parameter for _, parameter in model.named_parameters()), states, max(held)

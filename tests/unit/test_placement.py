@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -89,7 +90,7 @@ def test_ray_is_joined_bare_and_started_with_enough_cpus(
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(ray, "init", lambda **options: calls.append(options))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(placement.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
     for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     if address is not None:
@@ -108,5 +109,5 @@ def test_ray_is_joined_bare_and_started_with_enough_cpus(
 def test_a_plan_without_a_cluster_sees_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(placement.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert placement.resources_in_reach()["CPU"] == 4.0
