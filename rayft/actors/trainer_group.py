@@ -10,11 +10,13 @@ import dataclasses
 import functools
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 from rayft.checkpoint import resume
+from rayft.config.functions import FILE_MODULE
 from rayft.errors import InfrastructureError, RayftError
 from rayft.types import Launch
 
@@ -65,6 +67,7 @@ def _trainer(worker: Worker, launch: Launch) -> Any:
     from rayft.actors.placement import worker_resources
     from rayft.config.environment import worker_environment
 
+    _ship_code(worker)
     cfg, gpu = launch.cfg, launch.device_type == "cuda"
     return TorchTrainer(
         functools.partial(worker, launch),
@@ -81,6 +84,15 @@ def _trainer(worker: Worker, launch: Launch) -> Any:
             worker_runtime_env={"env_vars": worker_environment()},
         ),
     )
+
+
+def _ship_code(worker: Worker) -> None:
+    """A worker of the user's own recipe file travels with its code: no other process can import that module by name."""
+    import ray.cloudpickle
+
+    module = sys.modules[worker.__module__]
+    if module.__name__.startswith(FILE_MODULE):
+        ray.cloudpickle.register_pickle_by_value(module)
 
 
 def _raise_own(failure: BaseException) -> None:

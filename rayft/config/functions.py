@@ -19,6 +19,8 @@ from rayft.errors import ConfigError
 SPEC = re.compile(r"(?P<file>.+\.py):(?P<function>[^\W\d]\w*)|(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<attribute>[^\W\d]\w*)")
 FORM = "must read module:function or ./file.py:function"
 FIELD = "user function"
+FILE_MODULE = "rayft_user_"
+"""How the module of a user's file is named: this, a digest and the file's name."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _describe(spec: str, module: str | None, file: Path, attribute: str, folder:
     content = file.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     # A file gets a name of its own, so that ./random.py shadows nothing and two files of one name can live together.
-    name = module or f"rayft_user_{digest[:12]}_{re.sub(r'[^0-9A-Za-z]', '_', file.stem)}"
+    name = module or f"{FILE_MODULE}{digest[:12]}_{re.sub(r'[^0-9A-Za-z]', '_', file.stem)}"
     source = importlib.util.decode_source(content)
     return UserFunction(spec, name, str(file), module is None, attribute, digest, source, folder)
 

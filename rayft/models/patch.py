@@ -27,14 +27,3 @@ def apply_fixes(module: Any, spec: ModelSpec) -> None:
                 f"Report it with the transformers version; it is there because {fix.why}",
             )
         log.info("fix %s on %s: %s (until %s)", fix.name, fix.where, fix.why, fix.remove_when)
-
-
-def ledger(specs: tuple[ModelSpec, ...]) -> str:
-    """All fixes of all families as a Markdown table, for docs/patches.md."""
-    rows = ["| family | fix | where | why | upstream | remove when |", "|---|---|---|---|---|---|"]
-    rows += [
-        f"| {', '.join(spec.model_types)} | {fix.name} | {fix.where} | {fix.why} | {fix.upstream} | {fix.remove_when} |"
-        for spec in specs
-        for fix in spec.fixes
-    ]
-    return "\n".join(rows) + "\n"

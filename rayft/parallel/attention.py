@@ -3,7 +3,7 @@
 Registered with transformers under one name (`models.load`), so a model built for it cannot fall back to a mask that mixes documents. The
 layer's own head_dim, window and softcap decide, not the model's single setting.
 
-Choice on CUDA, by measurement (docs/benchmarks.md; H100, bf16, head_dim 128, forward + backward):
+Choice on CUDA, by measurement (H100, bf16, head_dim 128, forward + backward):
     rows of one document    causal SDPA, which picks cuDNN on Hopper: 452 TFLOP/s against 255 for FlashAttention 2
     packed rows             compiled flex attention with a document mask: 284 against 215 for varlen FlashAttention 2
 On CPU: SDPA per document, 8 to 12 times faster than one call with a block-diagonal mask, and flex has no backward there.

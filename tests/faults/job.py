@@ -50,6 +50,7 @@ def write_site(folder: Path, documents: int = 91, seq_len: int = 128, **sections
         "data": {"train": {"zoo": {"path": "train.jsonl"}}, "eval": {"zoo": {"path": "eval.jsonl"}}, "seq_len": seq_len, "shard_rows": 8},
         "batch": {"rows": 4},
         "optim": {"lr": 3e-3},
+        "parallel": {"device": "cpu"},
     }
     merged = {name: fields.get(name, {}) | sections.get(name, {}) for name in {**fields, **sections}}
     (folder / "run.yaml").write_text(yaml.safe_dump({"method": "sft", **merged}))

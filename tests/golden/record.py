@@ -31,7 +31,6 @@ LORA: dict[str, dict[str, Any]] = {
     "model": {"path": "runs/full/export", "init": "pretrained"},
     "adapter": {"type": "lora", "r": 4, "dropout": 0.1},
     "batch": {"rows": 4, "micro_rows": 2},
-    "optim": {"lr": 2e-2},
 }
 RUNS = {"full": FULL, "lora": LORA}
 FIXED = {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE", "HF_HUB_OFFLINE": "1"}
