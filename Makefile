@@ -34,7 +34,7 @@ test: env ## Run every suite but the fault tests (at most 15 minutes on 2 cores)
 	$(PY) -m pytest $(wildcard $(SUITES:%=tests/%)) $(ARGS)
 
 test-faults: env ## Kill workers, engines and drivers of running jobs
-	$(PY) -m pytest tests/faults $(ARGS)
+	$(PY) -m pytest --timeout=600 tests/faults $(ARGS)
 
 demo: env ## Train a tiny model on made-up data, plot its loss and ask it questions
 	$(PY) -m rayft.recipes.demo
