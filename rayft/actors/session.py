@@ -29,12 +29,16 @@ def _ray_session(launch: Launch) -> Session:
     import ray.train.torch
     from ray.train import Checkpoint, CheckpointUploadMode
 
+    from rayft.checkpoint.resume import prune
+
     context = ray.train.get_context()
     storage = context.get_storage()
 
     def report(metrics: dict[str, float], directory: Path, finish: Callable[[], None]) -> None:
         def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
             finish()
+            if context.get_world_rank() == 0:
+                prune(launch.run_dir, launch.cfg.checkpoint.keep)
             return checkpoint
 
         ray.train.report(

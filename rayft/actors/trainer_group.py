@@ -24,6 +24,10 @@ log = logging.getLogger("rayft")
 
 Worker = Callable[[Launch], Any]
 
+RAY_RECORD = "checkpoint_manager_snapshot.json"
+"""Ray Train's own list of checkpoints. Every attempt starts without: Ray refuses to start when a listed one is gone, and it may be,
+because a local run pruned it or the user deleted it to resume from an older one."""
+
 
 def fit(worker: Worker, launch: Launch) -> None:
     """Run `worker(launch)` on every rank until it returns.
@@ -41,6 +45,7 @@ def fit(worker: Worker, launch: Launch) -> None:
     allowed = launch.cfg.run.max_failures
     for failures in range(allowed + 1):
         launch = _next_attempt(launch)
+        (resume.checkpoints_dir(launch.run_dir) / RAY_RECORD).unlink(missing_ok=True)
         try:
             _trainer(worker, launch).fit()
             return
@@ -61,7 +66,7 @@ def fit(worker: Worker, launch: Launch) -> None:
 
 
 def _trainer(worker: Worker, launch: Launch) -> Any:
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from rayft.actors.placement import worker_resources
@@ -79,7 +84,6 @@ def _trainer(worker: Worker, launch: Launch) -> Any:
             name=resume.checkpoints_dir(launch.run_dir).name,
             storage_path=str(launch.run_dir),
             failure_config=FailureConfig(max_failures=0),
-            checkpoint_config=CheckpointConfig(num_to_keep=cfg.checkpoint.keep),
             logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": worker_environment()},
         ),

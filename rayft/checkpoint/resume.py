@@ -83,6 +83,7 @@ def newest(run_dir: Path) -> Restored | None:
 def prune(run_dir: Path, keep: int) -> None:
     """Delete committed checkpoints but the newest `keep`."""
     for old in committed(run_dir)[:-keep]:
+        (old.directory / COMMITTED).unlink()  # first, so that half of a checkpoint never counts
         shutil.rmtree(old.directory)
 
 

@@ -27,6 +27,6 @@ def undisturbed(site: Path) -> Path:
 
 
 @pytest.fixture
-def draw() -> Random:
+def draw(capsys: pytest.CaptureFixture[str]) -> Random:
     """Random numbers whose seed is printed."""
-    return draw_numbers()
+    return draw_numbers(capsys)

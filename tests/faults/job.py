@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
 import yaml
 
 from rayft.data.reader import Reader
@@ -57,10 +57,11 @@ def write_site(folder: Path, documents: int = 91, seq_len: int = 128, **sections
     return folder
 
 
-def draw_numbers() -> random.Random:
+def draw_numbers(capsys: pytest.CaptureFixture[str]) -> random.Random:
     """A generator from RAYFT_FAULT_SEED, or from a fresh seed; the seed is printed past pytest's capture, to repeat the run with."""
     seed = int(os.environ.get("RAYFT_FAULT_SEED") or random.SystemRandom().randrange(2**32))
-    print(f"\nRAYFT_FAULT_SEED={seed}", file=sys.__stderr__, flush=True)
+    with capsys.disabled():
+        print(f"\nRAYFT_FAULT_SEED={seed}")
     return random.Random(seed)
 
 
@@ -171,11 +172,6 @@ def train(folder: Path, name: str, *overrides: str, hooks: Sequence[str] = (), l
     with Job(folder, name, *overrides, hooks=hooks, local=local) as job:
         assert job.end() == 0
         return job.run_dir
-
-
-def start_over(folder: Path, name: str) -> None:
-    """Delete a run, so that a test begins with none."""
-    shutil.rmtree(folder / "runs" / name, ignore_errors=True)
 
 
 def values(run_dir: Path, name: str) -> dict[int, float]:

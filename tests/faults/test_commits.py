@@ -10,12 +10,17 @@ import pytest
 
 from faults.hooks import DELAYED_STEP, FAILING_STEP
 from faults.job import LOSS, Job, attempts, exact, resumed_at, train, values
-from rayft.checkpoint.resume import COMMITTED, checkpoints_dir, committed, newest
+from rayft.checkpoint.resume import COMMITTED, checkpoints_dir, committed
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
 
 EVERY = DELAYED_STEP // 2
 SLOW = (f"checkpoint.every={EVERY}", f"run.max_steps={5 * EVERY}", "eval.every=null")
+
+
+def typical(seconds: dict[int, float], steps: range) -> float:
+    """The lower quartile, which other programs on the machine disturb least; before and after the slow commit it may differ still."""
+    return statistics.quantiles((seconds[step] for step in steps), n=4)[0]
 
 
 def test_a_commit_delayed_by_20_seconds(site: Path, draw: Random) -> None:
@@ -28,16 +33,19 @@ def test_a_commit_delayed_by_20_seconds(site: Path, draw: Random) -> None:
         before, seconds, staged = (values(job.run_dir, name) for name in (LOSS, "perf/step_s", "checkpoint/stage_s"))
         assert job.end() == 0
         assert len(job.killed) == 1
-    usual = statistics.median(seconds[at] for at in range(EVERY + 1, DELAYED_STEP))
-    meanwhile = statistics.median(seconds[at] for at in range(DELAYED_STEP + 1, step))
-    assert usual / meanwhile >= 0.9, f"a step took {usual:.3f} s before the slow commit and {meanwhile:.3f} s beside it"
+    after = values(job.run_dir, "perf/step_s")
+    same = range(DELAYED_STEP + 1, step)
+    usual = max(typical(seconds, range(EVERY + 1, DELAYED_STEP)), typical(after, same))
+    meanwhile = typical(seconds, same)
+    assert usual / meanwhile >= 0.9, f"a step took {usual:.3f} s without the slow commit and {meanwhile:.3f} s beside it"
+    assert max(seconds[at] for at in same) < 2.0, "a step waited for the slow commit"
     assert list(staged) == [EVERY, DELAYED_STEP, DELAYED_STEP + EVERY]
     assert max(staged.values()) < 1.0, "a save waited for the slow commit"
     assert attempts(job.run_dir) == [2, 2] and resumed_at(job.run_dir) == [0, EVERY]
-    after = values(job.run_dir, LOSS)
-    assert list(after) == list(range(1, 5 * EVERY + 1))
-    assert exact({at: after[at] for at in before}) == exact(before)
-    assert (restored := newest(job.run_dir)) is not None and restored.step == 5 * EVERY
+    losses = values(job.run_dir, LOSS)
+    assert list(losses) == list(range(1, 5 * EVERY + 1))
+    assert exact({at: losses[at] for at in before}) == exact(before)
+    assert committed(job.run_dir)[-1].step == 5 * EVERY
 
 
 def test_a_commit_that_a_callback_refuses(site: Path) -> None:
@@ -55,7 +63,7 @@ def test_a_full_disk(site: Path, undisturbed: Path) -> None:
     with Job(site, "full", "run.max_failures=1", hooks=["fill_disk"]) as job:
         assert job.end() == 6
     assert "could not be written" in job.text() and "error (infrastructure): run.max_failures = 1" in job.text()
-    assert (restored := newest(job.run_dir)) is not None and restored.step == FAILING_STEP - 5
+    assert committed(job.run_dir)[-1].step == FAILING_STEP - 5
     run_dir = train(site, "full", "run.max_failures=1")
     assert attempts(run_dir) == [2, 2, 2] and resumed_at(run_dir) == [0, 5, 5]
     assert exact(values(run_dir, LOSS)) == exact(values(undisturbed, LOSS))

@@ -10,6 +10,7 @@ import pytest
 
 from faults.conftest import EPOCH_STEPS, ROWS, STEPS
 from faults.job import LOSS, Job, attempts, exact, resumed_at, shard_rows, trained_rows, values, wait
+from rayft.checkpoint.resume import committed
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
 
@@ -21,6 +22,7 @@ def assert_equals(run_dir: Path, undisturbed: Path) -> None:
     for name in (LOSS, "eval/loss", "train/grad_norm"):
         assert exact(values(run_dir, name)) == exact(values(undisturbed, name))
     assert trained_rows(run_dir) == trained_rows(undisturbed)
+    assert [restored.step for restored in committed(run_dir)] == [20, STEPS], "old checkpoints are left"
     assert (run_dir / "export" / "model.safetensors").read_bytes() == (undisturbed / "export" / "model.safetensors").read_bytes()
 
 

@@ -133,9 +133,9 @@ def test_lora_run_ends_in_an_adapter_and_a_merged_model(site: Path, full: Path, 
         torch.testing.assert_close(adapted, scored(trained, batch), rtol=0, atol=TOLERANCE)
 
 
-def test_killed_worker_leaves_no_trace_in_the_losses(site: Path, full: Path) -> None:
+def test_killed_worker_leaves_no_trace_in_the_losses(site: Path, full: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """kill -9 of a worker at a random step; the run goes on from its newest checkpoint by itself."""
-    draw = draw_numbers()
+    draw = draw_numbers(capsys)
     step, rank = draw.randint(7, 15), draw.choice([0, 1])
     with Job(site, "killed", "export.merge=false", hooks=["note_process", "slow_steps"]) as job:
         job.wait_for_step(step)
