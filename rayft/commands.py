@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import importlib.metadata
 import json
 from pathlib import Path
@@ -45,21 +45,21 @@ def evaluate(cfg: SftRun, model: str | None, local: bool) -> None:
         raise ConfigError("data.eval", None, "names no source to evaluate on", "Add one, such as data.eval.test.path=test.jsonl")
     if model is not None:
         changed = {
-            "model": cfg.model.model_copy(update={"path": model}),
+            "model": cfg.model.model_copy(update={"path": model, "init": "pretrained"}),
             "adapter": Adapter(),
             "run": cfg.run.model_copy(update={"name": f"{cfg.run.name}-evaluate"}),
         }
         cfg = cfg.model_copy(update=changed)
     with open_run(cfg, local) as run:
+        restored = _checkpoint(run.cfg, None) if model is None else None
         shards = prepare(run.cfg, "eval", use_ray=not local)
-        launch = dataclasses.replace(run.launch(shards, shards), identity={"from checkpoint": "no" if model else "yes"})
-        fit(_evaluate_worker, launch)
+        fit(functools.partial(_evaluate_worker, restored), run.launch(shards, shards))
         result = json.loads((run.run_dir / "evaluation.json").read_text())
     print(f"step {result['step']}: loss {result['loss']:.4f} over {result['weights']:,.0f} trained tokens")
 
 
-def _evaluate_worker(launch: Launch) -> None:
-    """One worker of an evaluation; rank 0 leaves the result in the run's directory."""
+def _evaluate_worker(restored: Restored | None, launch: Launch) -> None:
+    """One worker of an evaluation, of a checkpoint or else of the model as it is; rank 0 leaves the result in the run's directory."""
     from rayft.actors.session import open_session
     from rayft.checkpoint.sharded import Checkpointer
     from rayft.data.reader import Reader
@@ -71,17 +71,16 @@ def _evaluate_worker(launch: Launch) -> None:
     assert launch.eval_shards is not None
     with open_session(launch) as session:
         mesh = build_mesh(session.device.split(":")[0], session.world_size)
-        model, step = build_model(launch.cfg, session, mesh), 0
-        if launch.identity["from checkpoint"] == "yes":
-            restored = _checkpoint(launch.run_dir, None)
+        model = build_model(launch.cfg, session, mesh)
+        if restored is not None:
             Checkpointer(session, launch.attempt, lambda step: None).restore(restored.directory, [model], None)
-            step = restored.step
         batches = eval_batches(
             Reader(launch.eval_shards, seed=0, shuffle=False, window=1), session, launch.cfg.batch.micro_rows, launch.cfg.eval.max_rows
         )
         loss, weights = evaluate(model, batches, next_token, NEED, mesh)
         if session.rank == 0:
-            (launch.run_dir / "evaluation.json").write_text(json.dumps({"step": step, "loss": loss, "weights": weights}))
+            result = {"step": restored.step if restored else 0, "loss": loss, "weights": weights}
+            (launch.run_dir / "evaluation.json").write_text(json.dumps(result))
 
 
 def generate(cfg: SftRun, prompt: str, model: str | None, max_tokens: int, temperature: float) -> None:
@@ -106,7 +105,7 @@ def export(cfg: SftRun, step: int | None, out: str | None, merge: bool) -> None:
 
     cfg = absolute(cfg)
     run_dir = Path(cfg.run.dir) / cfg.run.name
-    restored = _checkpoint(run_dir, step)
+    restored = _checkpoint(cfg, step)
     target = Path(out).absolute() if out else run_dir / f"export-step-{restored.step}"
     if merge and cfg.adapter.type == "none":
         raise ConfigError("--merge", None, "needs a run with an adapter", "Leave it out: every weight is exported")
@@ -151,8 +150,9 @@ def plan(cfg: SftRun) -> None:
         print(f"memory    {needed.total / 2**30:.2f} GiB a worker, highest in {needed.moment}:")
         for part, size in needed.table():
             print(f"          {size / 2**30:8.3f}  {part}")
-        _check_memory(needed.total, need.workers, device, resources)
     placement.check_cluster(need, resources)
+    if shape is not None:
+        _check_memory(needed.total, need.workers, device, resources)
     print("fits")
 
 
@@ -203,19 +203,18 @@ def _check_memory(each: int, workers: int, device: str, resources: dict[str, flo
         )
 
 
-def _checkpoint(run_dir: Path, step: int | None) -> Restored:
-    """The run's newest committed checkpoint, or that of a step."""
+def _checkpoint(cfg: SftRun, step: int | None) -> Restored:
+    """The run's newest committed checkpoint, or that of a step, after checking that it belongs to these base weights."""
+    from rayft.actors.run import base_identity
     from rayft.checkpoint import resume
 
+    run_dir = Path(cfg.run.dir) / cfg.run.name
     found = [one for one in resume.committed(run_dir) if step is None or one.step == step]
     if not found:
         have = ", ".join(str(one.step) for one in resume.committed(run_dir)) or "none"
-        raise DataError(
-            "--step" if step is not None else "run.name",
-            step,
-            f"there is no such checkpoint in {run_dir} (steps: {have})",
-            "Name one of these steps, or train first",
-        )
+        rule = f"there is no such checkpoint in {run_dir} (steps: {have})"
+        raise DataError("--step" if step is not None else "run.name", step, rule, "Name one of these steps, or train first")
+    resume.refuse_other_base(found[-1], {"base weights": base_identity(cfg)})
     return found[-1]
 
 

@@ -45,7 +45,7 @@ class Run:
             run_dir=self.run_dir,
             train_shards=train_shards,
             eval_shards=eval_shards,
-            identity={"training rows": manifest.key, "base weights": _base_identity(cfg)},
+            identity={"training rows": manifest.key, "base weights": base_identity(cfg)},
             total_steps=placement.derive_steps(manifest.totals["rows"], cfg.batch.rows, cfg.run.epochs, cfg.run.max_steps),
             device_type=self.device_type,
             local=self.local,
@@ -114,7 +114,7 @@ def _local_device(cfg: SftRun) -> str:
     return placement.resolve_device(cfg.parallel, {"GPU": float(torch.cuda.device_count())})
 
 
-def _base_identity(cfg: SftRun) -> str:
+def base_identity(cfg: SftRun) -> str:
     """Digest of the weights that the run starts from; drawn weights are named by their configuration."""
     from rayft.models.load import model_folder, weights_identity
 

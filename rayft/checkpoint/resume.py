@@ -9,13 +9,13 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayft.errors import ConfigError, InfrastructureError
+from rayft.errors import ConfigError, DataError, InfrastructureError
 
 COMMITTED = "progress.json"
 """The file that makes a checkpoint directory count."""
@@ -109,6 +109,23 @@ def refuse_changes(changes: Iterable[tuple[str, object, object]]) -> None:
         raise ConfigError(
             "run.name", None, f"this run was started with another configuration: {listed}", "Restore these values, or choose a new run.name"
         )
+
+
+def refuse_other_base(restored: Restored, identity: Mapping[str, str]) -> None:
+    """Refuse a checkpoint that was made from other rows or weights.
+
+    Args:
+        restored: the checkpoint.
+        identity: name -> digest of what there is now.
+
+    Raises:
+        DataError: naming what differs.
+    """
+    for name, digest in identity.items():
+        if restored.progress[name] != digest:
+            raise DataError(
+                name, None, f"differ from those that {restored.directory} was trained with", "Restore the files, or choose a new run.name"
+            )
 
 
 @contextmanager

@@ -3,10 +3,10 @@
 Registered with transformers under one name (`models.load`), so a model built for it cannot fall back to a mask that mixes documents. The
 layer's own head_dim, window and softcap decide, not the model's single setting.
 
-Choice on CUDA, by measurement (H100, bf16, head_dim 128, forward + backward):
-    rows of one document    causal SDPA, which picks cuDNN on Hopper: 452 TFLOP/s against 255 for FlashAttention 2
-    packed rows             compiled flex attention with a document mask: 284 against 215 for varlen FlashAttention 2
-On CPU: SDPA per document, 8 to 12 times faster than one call with a block-diagonal mask, and flex has no backward there.
+Choice on CUDA, from measurements of the backends alone on an H100 (bf16, head_dim 128); not yet measured inside rayft:
+rows of one document take causal SDPA, which picks cuDNN there, and packed rows compiled flex attention with a document mask;
+varlen FlashAttention 2 was slower than either. On CPU: SDPA per document, which is 6 to 14 times faster than one call with a
+block-diagonal mask (docs/benchmarks.md), and flex has no backward there.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def choose(head_dim: int, device_type: str, wanted: str) -> tuple[Backend, str]:
         wanted: parallel.attention.
     """
     if device_type == "cpu":
-        return "documents", "SDPA per document: on CPU 8 to 12 times faster than a mask, and flex has no backward there"
+        return "documents", "SDPA per document: on CPU 6 to 14 times faster than a mask, and flex has no backward there"
     if wanted == "sdpa":
         return "documents", "asked for by parallel.attention"
     if wanted == "flex":
         return "flex", "asked for by parallel.attention"
     if head_dim > 256:
-        return "flex", "FlashAttention refuses a head_dim above 256; flex with small blocks is 1.7 times faster than SDPA there"
-    return "flex", "fastest measured for packed rows on Hopper (284 against 215 TFLOP/s for varlen FlashAttention 2)"
+        return "flex", "FlashAttention refuses a head_dim above 256; flex takes small blocks there"
+    return "flex", "faster than varlen FlashAttention 2 for packed rows on Hopper, measured apart from training"
 
 
 def choices(module: nn.Module, device_type: str, wanted: str) -> dict[str, tuple[Backend, str]]:

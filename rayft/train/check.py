@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,6 @@ from torch import Tensor
 from rayft.config.schema import SftRun
 from rayft.data.reader import Row, collate
 from rayft.errors import TrainingError
-from rayft.losses.supervised import first_loss_warning
 from rayft.models.adapt import match_targets
 from rayft.models.load import compute_dtype, config_of, load_plain
 from rayft.models.tokenizer import load_tokenizer
@@ -69,8 +69,8 @@ def check_model(cfg: SftRun, session: Session, say: Callable[[str], None]) -> No
         )
     loss = -packed.mean().item()
     say(f"loss on plain English: {loss:.3f}")
-    if warning := first_loss_warning(loss, config.vocab_size, cfg.model.init == "pretrained"):
-        say("warning: " + warning)
+    if loss > math.log(config.vocab_size) / 2:
+        say("warning: that is near random: the weights were not loaded, or the tokenizer is not the model's")
 
 
 def load_meta(cfg: SftRun) -> Any:

@@ -23,7 +23,7 @@ from rayft.checkpoint import resume
 from rayft.checkpoint.sharded import Checkpointer
 from rayft.config.functions import load_function
 from rayft.data.reader import Reader, micro_batches, prefetch
-from rayft.errors import DataError, TrainingError
+from rayft.errors import TrainingError
 from rayft.losses.supervised import first_loss_warning
 from rayft.models.load import config_of, named_trainable
 from rayft.observe.log import MetricsLog, recorded
@@ -152,14 +152,7 @@ class Trainer:
         restored = found[0]
         if restored is None:
             return 0
-        for name, value in self.launch.identity.items():
-            if restored.progress[name] != value:
-                raise DataError(
-                    f"{name} of run {self.cfg.run.name}",
-                    None,
-                    "differ from those the run was started with, so resuming would train on something else",
-                    "Restore the files, or choose a new run.name",
-                )
+        resume.refuse_other_base(restored, self.launch.identity)
         self.checkpointer.restore(restored.directory, self.parts, self.optimizer)
         if self.session.rank == 0:
             log.info("resumed at step %d from %s", restored.step, restored.directory)
