@@ -1,0 +1,83 @@
+"""Attention backends against each other and against one softmax with a written-out mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from families import make_batch
+from rayft.parallel import attention
+
+HEADS, KV_HEADS, DIM = 4, 2, 16
+
+
+def tensors(length: int) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(1, heads, length, DIM, generator=g, requires_grad=True) for heads in (HEADS, KV_HEADS, KV_HEADS))
+
+
+def written_out(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], window: int | None, softcap: float | None
+) -> Any:
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    place = torch.arange(sum(lengths))
+    allowed = (document[:, None] == document[None]) & (place[:, None] >= place[None])
+    if window is not None:
+        allowed &= place[:, None] - place[None] < window
+    k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * DIM**-0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return torch.softmax(scores.masked_fill(~allowed, float("-inf")), -1) @ v
+
+
+CASES = [
+    ([[5, 1, 1, 20, 37]], None, None),
+    ([[5, 1, 1, 20, 37]], 8, None),
+    ([[5, 1, 1, 20, 37]], None, 2.0),
+    ([[5, 1, 1, 20, 37]], 8, 2.0),
+    ([[32], [32]], None, None),
+    ([[64]], 8, None),
+]
+
+
+@pytest.mark.parametrize(("lengths", "window", "softcap"), CASES)
+def test_cpu_backends_equal_the_written_out_mask(lengths: list[list[int]], window: int | None, softcap: float | None) -> None:
+    layout = attention.Layout(make_batch(lengths), "auto")
+    results = []
+    for served in (True, False):
+        q, k, v = tensors(64)
+        if served:
+            out, _ = attention.packed_attention(torch.nn.Identity(), q, k, v, None, layout=layout, sliding_window=window, softcap=softcap)
+            out = out.transpose(1, 2)
+        else:
+            out = written_out(q, k, v, layout.lengths, window, softcap)
+        out.square().sum().backward()
+        results.append([out.detach(), q.grad, k.grad, v.grad])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert layout.calls == 1
+
+
+@pytest.mark.parametrize(("lengths", "window", "softcap"), CASES)
+def test_flex_forward_equals_the_written_out_mask(
+    lengths: list[list[int]], window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mask comes from padded boundaries. Uncompiled and forward only: flex has no backward on CPU."""
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(attention, "_compiled_block_mask", lambda: create_block_mask)
+    layout = attention.Layout(make_batch(lengths), "flex")
+    with torch.no_grad():
+        q, k, v = (x.detach() for x in tensors(64))
+        got = attention._flex(q, k, v, layout, None, window, softcap)
+        torch.testing.assert_close(got, written_out(q, k, v, layout.lengths, window, softcap), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_or_dropout_is_refused() -> None:
+    q, k, v = tensors(64)
+    layout = attention.Layout(make_batch([[64]]), "auto")
+    with pytest.raises(RuntimeError, match="neither a mask nor"):
+        attention.packed_attention(torch.nn.Identity(), q, k, v, torch.ones(1), layout=layout)
