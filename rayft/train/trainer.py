@@ -115,11 +115,12 @@ class Trainer:
         self._flush()
         values = {**sums, "train/grad_norm": norm, "divisor": divisor}
         self.pending = (self.step, values, {"train/lr": self.optimizer.param_groups[0]["lr"]} | self.meter.stop())
+        # Before the save: callbacks have seen every step that a checkpoint covers, whatever dies in between.
+        self.event("step_end", self.step, batches=self.meter.batches)
         if self._due(self.cfg.checkpoint.every):
             self._flush()
             self._save()
         self._evaluate_if_due()
-        self.event("step_end", self.step, batches=self.meter.batches)
 
     def event(self, name: str, step: int, **state: Any) -> None:
         """Tell every callback.
