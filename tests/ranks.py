@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,11 +20,13 @@ def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    try:
-        result = function(rank, world, *args)
-    finally:
-        dist.destroy_process_group()
+    result = function(rank, world, *args)
     Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(result))
+    dist.barrier()
+    # Taking gloo's groups down aborts now and then on a busy machine (about 1 run in 15: "terminate called without an active exception").
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
