@@ -1,5 +1,22 @@
 """Ops that training patches into models. Needs torch; triton where a kernel exists. One folder per op."""
 
+from rayft_kernels.glu.op import glu, glu_packed
 from rayft_kernels.linear_cross_entropy.op import token_logprobs, weighted_nll_sum
+from rayft_kernels.lora.op import Projection, TokenDropout, lora_linear, lora_linears, lora_mlp
+from rayft_kernels.norm_rope.op import norm_rope, qkv_norm_rope
+from rayft_kernels.rms_norm.op import rms_norm
 
-__all__ = ["token_logprobs", "weighted_nll_sum"]
+__all__ = [
+    "Projection",
+    "TokenDropout",
+    "glu",
+    "glu_packed",
+    "lora_linear",
+    "lora_linears",
+    "lora_mlp",
+    "norm_rope",
+    "qkv_norm_rope",
+    "rms_norm",
+    "token_logprobs",
+    "weighted_nll_sum",
+]

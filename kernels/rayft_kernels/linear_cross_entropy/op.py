@@ -1,4 +1,4 @@
-"""The two head operations. Logits exist only for a chunk of rows at a time, in float32.
+"""The two head operations. Logits exist only for a chunk of rows or columns at a time.
 
 For a row with hidden state h [H], head W [V, H], bias b [V] and target y:
 
@@ -15,22 +15,25 @@ forward, because the weights are, so each chunk's logits are used once:
 
 `token_logprobs` returns log p_y and the entropy -sum p log p per row, and recomputes the chunks in the backward:
     dz = dlogp (onehot(y) - p) - dentropy p (log p + entropy).
+
+Each is an operator of torch with two bodies, torch_body.py and, on CUDA, cuda_body.py. Sums are float32 throughout. On CUDA
+`weighted_nll_sum` rounds logits to the inputs' type, as a head that is a Linear does; `token_logprobs` keeps them float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 256 << 20
-"""Float32 logits that a chunk may hold."""
+from rayft_kernels.linear_cross_entropy import torch_body
+from rayft_kernels.linear_cross_entropy.chunks import Head, chunk_rows, weighted_nll_bytes
+from rayft_kernels.linear_cross_entropy.scaling import scale_, scaled
 
-
-def chunk_rows(num_rows: int, vocab: int) -> int:
-    """Rows whose float32 logits fit in CHUNK_BYTES; at least one, at most `num_rows`."""
-    return max(1, min(num_rows, CHUNK_BYTES // (4 * vocab)))
+__all__ = ["chunk_rows", "token_logprobs", "weighted_nll_bytes", "weighted_nll_sum"]
 
 
 def weighted_nll_sum(
@@ -44,21 +47,29 @@ def weighted_nll_sum(
     logit_scale: float = 1.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    lean: bool = False,
 ) -> Tensor:
     """Sum over rows of the weighted negative log-likelihood; gradients are made in the forward.
 
+    The gradients are scaled in place when the backward runs, so it runs once per forward.
+
     Args:
-        hidden: [M, H], any float type.
-        weight: [V, H], the head; no gradient is made for it when it does not require one.
+        hidden: [M, H], any float type; under autocast it and the head are cast to autocast's type.
+        weight: [V, H], the head, of the same type; no gradient is made for it when it does not require one.
         targets: int64 [M], each in [0, V).
         loss_weights: float32 [M]; not differentiated.
         bias: [V] or None.
         softcap, logit_scale, label_smoothing, z_loss: see the module docstring.
+        lean: on CUDA, spend a fourth matrix product where the head is trained to hold no float32 copy of its gradient.
 
     Returns:
-        float32 scalar.
+        float32 scalar (float64 for float64 inputs).
     """
-    total: Tensor = _WeightedNll.apply(hidden, weight, targets, loss_weights, bias, softcap, logit_scale, label_smoothing, z_loss)
+    with _without_autocast(hidden, weight, bias) as (hidden, weight, bias):
+        grad = torch.is_grad_enabled()
+        needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        options = (softcap, float(logit_scale), float(label_smoothing), float(z_loss), needs, lean)
+        total: Tensor = _weighted_nll(hidden, weight, targets, loss_weights, bias, *options)[0]
     return total
 
 
@@ -74,140 +85,204 @@ def token_logprobs(
     """Log-probability of each target and entropy of each row; the backward recomputes the logits.
 
     Args:
-        hidden: [M, H], any float type.
-        weight: [V, H].
+        hidden: [M, H], any float type; under autocast it and the head are cast to autocast's type.
+        weight: [V, H], of the same type.
         targets: int64 [M], each in [0, V).
         bias: [V] or None.
         softcap, logit_scale: see the module docstring.
 
     Returns:
-        (logprobs, entropy), float32 [M] each; both are differentiable.
+        (logprobs, entropy), float32 [M] each (float64 for float64 inputs); both are differentiable.
     """
-    terms: tuple[Tensor, Tensor] = _TokenLogprobs.apply(hidden, weight, targets, bias, softcap, logit_scale)
-    return terms
+    with _without_autocast(hidden, weight, bias) as (hidden, weight, bias):
+        logprobs, entropy, _ = _token_logprobs(hidden, weight, targets, bias, softcap, float(logit_scale))
+    return logprobs, entropy
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> tuple[Tensor, Tensor | None]:
-    """Float32 z [m, V], and tanh(u / softcap) when there is a softcap (its derivative needs it)."""
-    raw = (hidden @ weight.t()).float()
-    if bias is not None:
-        raw += bias.float()
-    if softcap is None:
-        return (raw if scale == 1.0 else raw.mul_(scale)), None
-    tanh = raw.div_(softcap).tanh_()
-    return tanh * (softcap * scale), tanh
+@contextmanager
+def _without_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """The inputs in autocast's type if it is on, and autocast off, so that it leaves the products inside alone."""
+    kind = hidden.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # is_autocast_available would break dynamo's graph
+        yield hidden, weight, bias
+        return
+    low = torch.get_autocast_dtype(kind)
+    inputs = hidden.to(low), weight.to(low), None if bias is None else bias.to(low)
+    with torch.autocast(kind, enabled=False):
+        yield inputs
 
 
-def _to_raw(grad_z: Tensor, tanh: Tensor | None, scale: float) -> Tensor:
-    """Gradient with respect to the raw logits u, in place."""
-    if scale != 1.0:
-        grad_z *= scale
-    if tanh is not None:
-        grad_z *= 1 - tanh.square()
-    return grad_z
+def _filled(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """An operator returns tensors only: what is not needed comes out empty."""
+    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
-class _HeadGradients:
-    """Gradients of one head call, filled chunk by chunk: the hidden states' in their type, the head's in float32."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> None:
-        self.hidden = torch.empty_like(hidden) if needs[0] else None
-        self.weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs[1] else None
-        self.bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if bias is not None and needs[2] else None
-
-    def add(self, rows: slice, grad_raw: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        """Account for the chunk `rows`, whose raw-logit gradient is float32 [m, V]."""
-        low = grad_raw.to(hidden.dtype)
-        if self.hidden is not None:
-            self.hidden[rows] = low @ weight
-        if self.weight is not None:
-            self.weight += low.t() @ hidden
-        if self.bias is not None:
-            self.bias += grad_raw.sum(0)
-
-
-class _WeightedNll(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        loss_weights: Tensor,
-        bias: Tensor | None,
-        softcap: float | None,
-        scale: float,
-        smoothing: float,
-        z_loss: float,
-    ) -> Tensor:
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4])
-        grads = _HeadGradients(hidden, weight, bias, needs)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        vocab = weight.shape[0]
-        step = chunk_rows(hidden.shape[0], vocab)
-        for start in range(0, hidden.shape[0], step):
-            rows = slice(start, start + step)
-            z, tanh = _logits(hidden[rows], weight, bias, softcap, scale)
-            target, w = targets[rows, None], loss_weights[rows].float()
-            lse = torch.logsumexp(z, -1)
-            nll = (1 - smoothing) * (lse - z.gather(-1, target)[:, 0])
-            if smoothing:
-                nll += smoothing * (lse - z.mean(-1))
-            total += (w * (nll + z_loss * lse.square())).sum()
-            if any(needs):
-                grad = z.sub_(lse[:, None]).exp_().mul_((w * (1 + 2 * z_loss * lse))[:, None])
-                grad.scatter_add_(-1, target, (-(1 - smoothing) * w)[:, None])
-                if smoothing:
-                    grad -= (smoothing / vocab * w)[:, None]
-                grads.add(rows, _to_raw(grad, tanh, scale), hidden[rows], weight)
-        ctx.grads, ctx.dtypes = grads, (weight.dtype, None if bias is None else bias.dtype)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        grads: _HeadGradients = ctx.grads
-        weight_type, bias_type = ctx.dtypes
-        scaled = [None if g is None else g.mul_(grad_total) for g in (grads.hidden, grads.weight, grads.bias)]
-        ctx.grads = None
-        weight = None if scaled[1] is None else scaled[1].to(weight_type)
-        bias = None if scaled[2] is None else scaled[2].to(bias_type)
-        return scaled[0], weight, None, None, bias, None, None, None, None
+@torch.library.custom_op("rayft_kernels::weighted_nll", mutates_args=())
+def _weighted_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss_weights: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    smoothing: float,
+    z_loss: float,
+    needs: Sequence[bool],
+    lean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum and its gradients by hidden, weight and bias."""
+    head = Head(weight, bias, softcap, scale)
+    total, *grads = torch_body.weighted_nll(hidden, head, targets, loss_weights, smoothing, z_loss, needs)
+    return _filled(hidden, total, *grads)  # type: ignore[return-value]
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        entropy, lse_all = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        step = chunk_rows(hidden.shape[0], weight.shape[0])
-        for start in range(0, hidden.shape[0], step):
-            rows = slice(start, start + step)
-            z, _ = _logits(hidden[rows], weight, bias, softcap, scale)
-            lse = torch.logsumexp(z, -1)
-            lse_all[rows] = lse
-            logprobs[rows] = z.gather(-1, targets[rows, None])[:, 0] - lse
-            entropy[rows] = lse - (torch.softmax(z, -1) * z).sum(-1)
-        ctx.save_for_backward(hidden, weight, targets, bias, lse_all, entropy)
-        ctx.options = (softcap, scale)
-        return logprobs, entropy
+@_weighted_nll.register_kernel("cuda")
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss_weights: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    from rayft_kernels.linear_cross_entropy import cuda_body
 
-    @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, bias, lse_all, entropy = ctx.saved_tensors
-        softcap, scale = ctx.options
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-        grads = _HeadGradients(hidden, weight, bias, needs)
-        step = chunk_rows(hidden.shape[0], weight.shape[0])
-        for start in range(0, hidden.shape[0], step):
-            rows = slice(start, start + step)
-            z, tanh = _logits(hidden[rows], weight, bias, softcap, scale)
-            logp = z.sub_(lse_all[rows, None])
-            p = logp.exp()
-            grad = (logp + entropy[rows, None]).mul_(-grad_entropy[rows, None]).sub_(grad_logprobs[rows, None]).mul_(p)
-            grad.scatter_add_(-1, targets[rows, None], grad_logprobs[rows, None])
-            grads.add(rows, _to_raw(grad, tanh, scale), hidden[rows], weight)
-        weight_grad = None if grads.weight is None else grads.weight.to(weight.dtype)
-        bias_grad = None if grads.bias is None else grads.bias.to(bias.dtype)
-        return grads.hidden, weight_grad, None, bias_grad, None, None
+    head = Head(weight, bias, softcap, scale)
+    if hidden.dtype == torch.float64:
+        return _filled(hidden, *torch_body.weighted_nll(hidden, head, targets, loss_weights, *rest[:-1]))
+    return _filled(hidden, *cuda_body.weighted_nll(hidden, head, targets, loss_weights, *rest))
+
+
+@_weighted_nll.register_fake
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, needs, lean = rest
+    wide = torch_body.wide(hidden)
+    rounded = weight.dtype if lean and hidden.is_cuda and hidden.dtype != torch.float64 else wide
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(hidden.shape if needs[0] else 0),
+        weight.new_empty(weight.shape, dtype=rounded) if needs[1] else hidden.new_empty(0),
+        weight.new_empty(weight.shape[0], dtype=wide) if needs[2] else hidden.new_empty(0),
+    )
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, weight, _, _, bias, *_ = inputs
+    ctx.types = (weight.dtype, None if bias is None else bias.dtype)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    of_hidden, of_weight, of_bias = ctx.saved_tensors
+    weight_type, bias_type = ctx.types
+    needs = ctx.needs_input_grad
+    return (
+        _times(of_hidden, grad_total, of_hidden.dtype) if needs[0] else None,
+        _times(of_weight, grad_total, weight_type) if needs[1] else None,
+        None,
+        None,
+        _times(of_bias, grad_total, bias_type) if needs[4] else None,
+        *(None,) * 6,
+    )
+
+
+def _times(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * factor in `dtype`: in place where it has that type."""
+    if grad.dtype == dtype:
+        scale_(grad, factor)
+    else:
+        grad = scaled(grad, factor, dtype)
+    return grad
+
+
+_weighted_nll.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+@torch.library.custom_op("rayft_kernels::token_logprobs", mutates_args=())
+def _token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of the target, entropy and log sum exp of each row."""
+    return torch_body.token_terms(hidden, Head(weight, bias, softcap, scale), targets)
+
+
+@_token_logprobs.register_kernel("cuda")
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from rayft_kernels.linear_cross_entropy import cuda_body
+
+    token_terms = torch_body.token_terms if hidden.dtype == torch.float64 else cuda_body.token_terms
+    return token_terms(hidden, Head(weight, bias, softcap, scale), targets)
+
+
+@_token_logprobs.register_fake
+def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a, b, c = (hidden.new_empty(hidden.shape[0], dtype=torch_body.wide(hidden)) for _ in range(3))
+    return a, b, c
+
+
+@torch.library.custom_op("rayft_kernels::token_logprobs_backward", mutates_args=())
+def _token_logprobs_backward(
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor,
+    softcap: float | None,
+    scale: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, in their types."""
+    head = Head(weight, bias, softcap, scale)
+    grads = torch_body.token_terms_backward(grad_logprobs, grad_entropy, hidden, head, targets, lse, entropy, needs)
+    return _in_their_types(hidden, head, grads)
+
+
+@_token_logprobs_backward.register_kernel("cuda")
+def _(
+    grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    from rayft_kernels.linear_cross_entropy import cuda_body
+
+    lse, entropy, softcap, scale, needs = rest
+    head = Head(weight, bias, softcap, scale)
+    backward = torch_body.token_terms_backward if hidden.dtype == torch.float64 else cuda_body.token_terms_backward
+    return _in_their_types(hidden, head, backward(grad_logprobs, grad_entropy, hidden, head, targets, lse, entropy, needs))
+
+
+def _in_their_types(hidden: Tensor, head: Head, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+    of_hidden, of_weight, of_bias = _filled(hidden, *grads)
+    return of_hidden, of_weight.to(head.weight.dtype), of_bias if head.bias is None else of_bias.to(head.bias.dtype)
+
+
+@_token_logprobs_backward.register_fake
+def _(grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    types = (hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype)
+    return tuple(hidden.new_empty(shape if need else 0, dtype=dtype) for shape, dtype, need in zip(shapes, types, rest[-1], strict=True))
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, targets, bias, *ctx.options = inputs
+    _, entropy, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy)
+
+
+def _recompute_gradients(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    needs = [ctx.needs_input_grad[place] for place in (0, 1, 3)]
+    grads = _token_logprobs_backward(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, needs)
+    of_hidden, of_weight, of_bias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return of_hidden, of_weight, None, of_bias, None, None
+
+
+_token_logprobs.register_autograd(_recompute_gradients, setup_context=_keep_inputs)

@@ -1,0 +1,1 @@
+"""Gated activations of MLPs: act(gate) * up, with the activation recomputed in the backward."""

@@ -1,0 +1,1 @@
+"""Linear layers and gated MLPs with low-rank adapters (arXiv 2106.09685), one autograd node each."""

@@ -1,0 +1,1 @@
+"""RMSNorm of hidden states, the norms between the parts of a decoder layer."""
