@@ -11,7 +11,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 SUITES := rules unit numerics parity golden integration
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-faults demo lint typecheck bench check-torch env-rollout-cpu clean
+.PHONY: help env test test-faults demo demo-grpo lint typecheck bench check-torch env-rollout-cpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test-faults: env ## Kill workers, engines and drivers of running jobs
 
 demo: env ## Train a tiny model on made-up data, plot its loss and ask it questions
 	$(PY) -m rayft.recipes.demo
+
+demo-grpo: env ## Teach a tiny model facts by rewards alone, with vLLM when env-rollout-cpu has it; about seven minutes
+	$(PY) -m rayft.recipes.demo_grpo $$($(PY) -c "import vllm" 2>/dev/null || echo rollout.engine=local)
 
 lint: env ## Check style, imports and line lengths
 	$(PY) -m ruff check .

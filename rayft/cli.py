@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayft.config.environment import prepare_process
-from rayft.errors import RayftError
+from rayft.errors import ConfigError, RayftError
 
 if TYPE_CHECKING:
-    from rayft.config.schema import SftRun
+    from rayft.config.schema import AnyRun, SftRun
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -32,7 +32,9 @@ ABOUT = """rayft fine-tunes language models on Ray.
 example:
   rayft train recipes/configs/tiny/demo.yaml optim.lr=1e-4 --local
 """
-EXIT_CODES = "exit codes: 2 configuration, 3 data, 4 resources, 5 training, 6 infrastructure; only 4 and 6 are worth a retry"
+EXIT_CODES = (
+    "exit codes: 2 configuration, 3 data, 4 resources, 5 training, 6 infrastructure; 143 stopped on request; 4, 6 and 143 are worth a retry"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,6 +81,8 @@ def _add_config_commands(commands: Commands) -> None:
     evaluate = _add(commands, "evaluate", _evaluate, "loss on the evaluation sources", "evaluate run.yaml --model runs/a/export")
     generate = _add(commands, "generate", _generate, "answer a prompt", 'generate run.yaml --prompt "What is 2 + 2?"')
     export = _add(commands, "export", _export, "write a Hugging Face folder from a checkpoint", "export run.yaml --step 200 --merge")
+    clean = _add(commands, "clean", _clean, "delete old checkpoints and unused packed shards", "clean run.yaml --keep 1 --dry-run")
+    push = _add(commands, "push", _push, "put the run's export on the Hugging Face hub", "push run.yaml --repo me/my-model --dry-run")
     _add(commands, "validate", _validate, "check the configuration and import user functions", "validate run.yaml")
     _add(commands, "plan", _plan, "print sizes, steps and a memory estimate", "plan run.yaml parallel.workers=4")
     for parser in (train, preprocess, evaluate):
@@ -89,12 +93,20 @@ def _add_config_commands(commands: Commands) -> None:
     generate.add_argument("--max-tokens", type=int, default=128, metavar="N", help="longest answer, in tokens (default 128)")
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, takes the likeliest token")
     export.add_argument("--step", type=int, metavar="N", help="step of the checkpoint; the newest by default")
+    export.add_argument("--best", action="store_true", help="the checkpoint with the lowest evaluation loss (checkpoint.keep_best)")
     export.add_argument("--out", metavar="FOLDER", help="where to write; the run's export folder by default")
     export.add_argument("--merge", action="store_true", help="also write the base model with the adapter added")
+    clean.add_argument("--keep", type=_at_least_one, default=1, metavar="N", help="checkpoints to keep, the newest ones (default 1)")
+    clean.add_argument("--dry-run", action="store_true", help="only show what would be deleted, with sizes")
+    push.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository, made when there is none")
+    push.add_argument("--merged", action="store_true", help="the merged export of a run with an adapter")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--dry-run", action="store_true", help="write the model card and list the files, send nothing")
 
 
 def _add_other_commands(commands: Commands) -> None:
     reference = _add(commands, "config-schema", _schema, "explain the keys of a configuration", "config-schema --field optim", False)
+    reference.add_argument("--method", choices=("sft", "grpo"), default="sft", help="of this training method (default sft)")
     reference.add_argument("--field", metavar="A.B", help="only this key or section")
     reference.add_argument("--format", choices=("yaml", "json"), default="yaml", help="yaml (default) or JSON schema")
     check = _add(commands, "check", _check, "try a model: load, adapt, first loss", "check Qwen/Qwen3-0.6B --seq-len 4096", False)
@@ -125,11 +137,22 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _load(args: argparse.Namespace) -> SftRun:
+def _load(args: argparse.Namespace) -> AnyRun:
     from rayft.config.load import load
 
     files = [Path(item) for item in args.config if not OVERRIDE.fullmatch(item)]
     return load(files, [item for item in args.config if OVERRIDE.fullmatch(item)])
+
+
+def _load_rows(args: argparse.Namespace) -> SftRun:
+    """The run of a command that is about packed rows."""
+    from rayft.config.schema import SftRun
+
+    cfg = _load(args)
+    if not isinstance(cfg, SftRun):
+        rule = "has no packed rows, which this command is about"
+        raise ConfigError("method", cfg.method, rule, "Use rayft train; prompts are rendered there, and eval.every evaluates them")
+    return cfg
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -145,13 +168,13 @@ def _train(args: argparse.Namespace) -> None:
 def _preprocess(args: argparse.Namespace) -> None:
     from rayft.commands import preprocess
 
-    preprocess(_load(args), args.local)
+    preprocess(_load_rows(args), args.local)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     from rayft.commands import evaluate
 
-    evaluate(_load(args), args.model, args.local)
+    evaluate(_load_rows(args), args.model, args.local)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -163,13 +186,31 @@ def _generate(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from rayft.commands import export
 
-    export(_load(args), args.step, args.out, args.merge)
+    export(_load(args), args.step, args.out, args.merge, args.best)
+
+
+def _at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def _clean(args: argparse.Namespace) -> None:
+    from rayft.commands import clean
+
+    clean(_load(args), args.keep, args.dry_run)
+
+
+def _push(args: argparse.Namespace) -> None:
+    from rayft.commands import push
+
+    push(_load_rows(args), args.repo, args.merged, args.private, args.dry_run)
 
 
 def _plan(args: argparse.Namespace) -> None:
     from rayft.commands import plan
 
-    plan(_load(args))
+    plan(_load_rows(args))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -180,17 +221,25 @@ def _check(args: argparse.Namespace) -> None:
 
 def _validate(args: argparse.Namespace) -> None:
     from rayft.config.functions import load_function, resolve
+    from rayft.config.schema import SftRun
+    from rayft.observe.trackers import check_installed
 
     cfg = _load(args)
     for name in cfg.run.callbacks:
         load_function(resolve(name))
+    if not isinstance(cfg, SftRun):
+        from rayft.experience.judge import reward_functions
+
+        for function in reward_functions(cfg).values():
+            load_function(function)
+    check_installed(cfg.trackers.names)
     print(f"{cfg.run.name}: a valid {cfg.method} run of {cfg.model.path} on {', '.join(cfg.data.train)}")
 
 
 def _schema(args: argparse.Namespace) -> None:
     from rayft.config.load import schema
 
-    print(schema(args.field, args.format), end="")
+    print(schema(args.field, args.format, args.method), end="")
 
 
 def _reader_is_gone() -> bool:

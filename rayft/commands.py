@@ -5,26 +5,31 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayft.config import environment
-from rayft.config.paths import absolute
-from rayft.config.schema import Adapter, SftRun
-from rayft.errors import ConfigError, DataError, ResourceError
+from rayft.config.paths import absolute, plain
+from rayft.config.schema import Adapter, AnyRun, SftRun
+from rayft.data import store
+from rayft.errors import ConfigError, ResourceError
 from rayft.types import Launch
 
 if TYPE_CHECKING:
     from rayft.checkpoint.resume import Restored
+    from rayft.observe.flops import ModelShape
+    from rayft.parallel.memory import MemoryPlan
 
 
 def preprocess(cfg: SftRun, local: bool) -> None:
     """Pack the rows of every split into shards and say where they are."""
     from rayft.actors import placement
+    from rayft.actors.export import with_start
     from rayft.data.pipeline import prepare
     from rayft.data.shards import read_manifest
 
-    cfg = absolute(cfg)
+    cfg = with_start(absolute(cfg))
     environment.prepare_process()
     if not local:
         placement.start_ray()
@@ -37,6 +42,7 @@ def preprocess(cfg: SftRun, local: bool) -> None:
 
 def evaluate(cfg: SftRun, model: str | None, local: bool) -> None:
     """Loss of data.eval under the run's newest checkpoint, or under a model folder."""
+    from rayft.actors.export import checkpoint_of
     from rayft.actors.run import open_run
     from rayft.actors.trainer_group import fit
     from rayft.data.pipeline import prepare
@@ -51,113 +57,189 @@ def evaluate(cfg: SftRun, model: str | None, local: bool) -> None:
         }
         cfg = cfg.model_copy(update=changed)
     with open_run(cfg, local) as run:
-        restored = _checkpoint(run.cfg, None) if model is None else None
+        restored = checkpoint_of(run.cfg, None) if model is None else None
         shards = prepare(run.cfg, "eval", use_ray=not local)
         fit(functools.partial(_evaluate_worker, restored), run.launch(shards, shards))
-        result = json.loads((run.run_dir / "evaluation.json").read_text())
-    print(f"step {result['step']}: loss {result['loss']:.4f} over {result['weights']:,.0f} trained tokens")
+        result = json.loads(store.read(store.join(run.home, "evaluation.json")))
+    print(f"step {result['step']}: loss {result['eval/loss']:.4f} over {result['eval/num_tokens']:,.0f} trained tokens")
+    for name in (name for name in result if name.startswith("eval/loss/")):
+        print(f"{name.removeprefix('eval/loss/')}: loss {result[name]:.4f}")
 
 
-def _evaluate_worker(restored: Restored | None, launch: Launch) -> None:
+def _evaluate_worker(restored: Restored | None, launch: Launch[SftRun]) -> None:
     """One worker of an evaluation, of a checkpoint or else of the model as it is; rank 0 leaves the result in the run's directory."""
     from rayft.actors.session import open_session
     from rayft.checkpoint.sharded import Checkpointer
     from rayft.data.reader import Reader
-    from rayft.losses.supervised import NEED, next_token
+    from rayft.losses.supervised import supervised_loss
     from rayft.parallel.mesh import build_mesh
     from rayft.train.build import build_model
     from rayft.train.evaluate import eval_batches, evaluate
+    from rayft.train.room import with_micro_rows
 
     assert launch.eval_shards is not None
     with open_session(launch) as session:
-        mesh = build_mesh(session.device.split(":")[0], session.world_size)
+        mesh = build_mesh(session.device.split(":")[0], session.world_size, 1 if launch.local else launch.cfg.parallel.replicas)
         model = build_model(launch.cfg, session, mesh)
         if restored is not None:
             Checkpointer(session, launch.attempt, lambda step: None).restore(restored.directory, [model], None)
-        batches = eval_batches(
-            Reader(launch.eval_shards, seed=0, shuffle=False, window=1), session, launch.cfg.batch.micro_rows, launch.cfg.eval.max_rows
-        )
-        loss, weights = evaluate(model, batches, next_token, NEED, mesh)
+        micro_rows = int(with_micro_rows(launch.cfg, session).batch.micro_rows)
+        batches = eval_batches(Reader(launch.eval_shards, seed=0, shuffle=False, window=1), session, micro_rows, launch.cfg.eval.max_rows)
+        values = evaluate(model, batches, *supervised_loss(launch.cfg.data.eval), mesh)
         if session.rank == 0:
-            result = {"step": restored.step if restored else 0, "loss": loss, "weights": weights}
-            (launch.run_dir / "evaluation.json").write_text(json.dumps(result))
+            result = {"step": restored.step if restored else 0, **values}
+            store.write(store.join(launch.home, "evaluation.json"), json.dumps(result).encode())
 
 
-def generate(cfg: SftRun, prompt: str, model: str | None, max_tokens: int, temperature: float) -> None:
+def generate(cfg: AnyRun, prompt: str, model: str | None, max_tokens: int, temperature: float) -> None:
     """Print the answer of the run's export, or of a model folder, to one prompt."""
     from rayft.models.generate import generate_text
+    from rayft.models.hub import model_folder
 
-    run_dir = Path(absolute(cfg).run.dir) / cfg.run.name
-    folder = Path(model) if model else run_dir / "export"
-    if not folder.is_dir():
+    home = store.join(absolute(cfg).run.dir, cfg.run.name)
+    folder = model or store.join(home, "export")
+    if not store.is_url(folder) and not Path(folder).is_dir():
         raise ConfigError("run.name", cfg.run.name, f"has no export at {folder}", "Train it to the end, or run rayft export")
-    print(generate_text(folder, [[{"role": "user", "content": prompt}]], max_tokens, temperature, cfg.run.seed)[0])
+    here = Path(model_folder(cfg.model.model_copy(update={"path": folder, "revision": None})))
+    print(generate_text(here, [[{"role": "user", "content": prompt}]], max_tokens, temperature, cfg.run.seed)[0])
 
 
-def export(cfg: SftRun, step: int | None, out: str | None, merge: bool) -> None:
-    """Write a checkpoint of the run as a Hugging Face folder, in this process."""
-    import torch
+def export(cfg: AnyRun, step: int | None, out: str | None, merge: bool, best: bool = False) -> None:
+    """Write a checkpoint of the run as a Hugging Face folder, in this process: the newest, that of a step, or the best."""
+    from rayft.actors.export import checkpoint_of, export_checkpoint, with_start
 
-    from rayft.checkpoint.huggingface import export_adapter, export_full
-    from rayft.checkpoint.sharded import Checkpointer
-    from rayft.parallel.mesh import build_mesh
-    from rayft.train.build import build_model
-
-    cfg = absolute(cfg)
-    run_dir = Path(cfg.run.dir) / cfg.run.name
-    restored = _checkpoint(cfg, step)
-    target = Path(out).absolute() if out else run_dir / f"export-step-{restored.step}"
+    cfg = with_start(absolute(cfg))
+    restored = checkpoint_of(cfg, _best_step(cfg) if best else step)
+    target = plain(out) if out else store.join(cfg.run.dir, cfg.run.name, f"export-step-{restored.step}")
     if merge and cfg.adapter.type == "none":
         raise ConfigError("--merge", None, "needs a run with an adapter", "Leave it out: every weight is exported")
-    from rayft.actors.session import open_session
-
-    with open_session(_local_launch(cfg, run_dir)) as session:
-        model = build_model(cfg, session, build_mesh(session.device.split(":")[0], 1))
-        Checkpointer(session, 0, lambda step: None).restore(restored.directory, [model], None)
-        if cfg.adapter.type == "lora" and not merge:
-            export_adapter(model, cfg.model, cfg.adapter, target)
-        else:
-            export_full(model, cfg.model, getattr(torch, cfg.export.dtype), target)
+    export_checkpoint(cfg, restored, target, merge)
     print(f"step {restored.step} is at {target}")
+
+
+def _best_step(cfg: AnyRun) -> int:
+    """Step of the checkpoint with the lowest evaluation loss."""
+    from rayft.checkpoint import resume
+
+    found = resume.best(store.join(cfg.run.dir, cfg.run.name))
+    if found is None:
+        raise ConfigError(
+            "--best", None, "needs a run that keeps its best checkpoint", "Train with checkpoint.keep_best=true, or name a --step"
+        )
+    return found.step
+
+
+def clean(cfg: AnyRun, keep: int, dry_run: bool) -> None:
+    """Delete what nothing needs any more of the run and of the packed shards, or only show it."""
+    from contextlib import nullcontext
+
+    from rayft.actors.session import owner_name
+    from rayft.checkpoint import resume, retention
+    from rayft.data.hub import cache_dir
+
+    cfg = absolute(cfg)
+    home = store.join(cfg.run.dir, cfg.run.name)
+    resume.refuse_held(home)
+    there = store.exists(store.join(home, "config.yaml"))
+    with resume.lease(home, owner_name()) if there and not dry_run else nullcontext():
+        found = [*retention.surplus_checkpoints(home, keep), *retention.surplus_shards(cache_dir(cfg), cfg.run.dir)]
+        for one in found:
+            print(f"{one.bytes / 1e6:12,.1f} MB  {one.location}  ({one.why})")
+            if not dry_run:
+                retention.delete(one)
+    what = "would be deleted" if dry_run else "deleted"
+    print(f"{sum(one.bytes for one in found) / 1e6:12,.1f} MB  in {len(found)} folders {what}")
+
+
+def push(cfg: SftRun, repo: str, merged: bool, private: bool, dry_run: bool) -> None:
+    """Put the run's export into a repository of the Hugging Face hub, with a model card; or write the card and list the files."""
+    from rayft.checkpoint.huggingface import export_step
+    from rayft.models.hub import EXPORT, model_folder, push_folder
+
+    cfg = absolute(cfg)
+    target = store.join(cfg.run.dir, cfg.run.name, "export-merged" if merged else "export")
+    step = export_step(target)
+    if step is None:
+        raise ConfigError("run.name", cfg.run.name, f"has no export at {target}", "Train it to the end, or leave out --merged")
+    folder = Path(model_folder(cfg.model.model_copy(update={"path": target, "revision": None})))
+    files = [name for name in store.sizes(folder) if name not in (EXPORT, "README.md")]
+    card = _card(cfg, step, adapter="adapter_config.json" in files)
+    if dry_run:
+        store.write(store.join(target, "README.md"), card.encode())
+        print(card)
+        for name in files:
+            print(f"{store.size(folder / name) / 1e6:12,.1f} MB  {name}")
+        print(f"{'':12}     README.md, written to {target}; nothing was sent to {repo}")
+    else:
+        print(f"step {step} is at {push_folder(folder, files, card, repo, private)}")
+
+
+def _card(cfg: SftRun, step: int, adapter: bool) -> str:
+    """The model card of a run's export."""
+    from rayft.data.hub import is_hub_id
+    from rayft.models.hub import model_card
+    from rayft.observe.log import read
+
+    with tempfile.TemporaryDirectory(prefix="rayft-") as folder:
+        copy, log = Path(folder) / "metrics.jsonl", store.join(cfg.run.dir, cfg.run.name, "metrics.jsonl")
+        if store.exists(log):
+            copy.write_bytes(store.read(log))
+        records = [record for record in read(copy) if record["step"] <= step]
+    figures = {"steps": f"{step:,}", "a step": f"{cfg.batch.rows} rows of {cfg.data.seq_len} tokens", "learning rate": f"{cfg.optim.lr:g}"}
+    for name, what in (("train/loss", "training loss"), ("eval/loss", "evaluation loss"), ("eval/perplexity", "evaluation perplexity")):
+        values = [record[name] for record in records if name in record]
+        figures |= {f"{what}, first and last": f"{values[0]:.4f}, {values[-1]:.4f}"} if values else {}
+    return model_card(
+        cfg.run.name,
+        base=cfg.model.path,
+        datasets=sorted({source.path for source in cfg.data.train.values() if is_hub_id(source.path)}),
+        tags=["rayft", cfg.method, *(["lora"] if cfg.adapter.type == "lora" else [])],
+        adapter=adapter,
+        figures=figures,
+    )
 
 
 def plan(cfg: SftRun) -> None:
     """Print the sizes that follow from the configuration, what the cluster must offer, and memory by part; refuse a shortfall."""
     from rayft.actors import placement
+    from rayft.actors.export import with_start
+    from rayft.models.fused import report
     from rayft.models.load import read_config
     from rayft.observe.flops import shape_of
-    from rayft.parallel import memory
+    from rayft.parallel import fitting, memory
+    from rayft.train.build import kernel_choices
 
-    cfg = absolute(cfg)
+    cfg = with_start(absolute(cfg))
     resources = placement.resources_in_reach()
     device = placement.resolve_device(cfg.parallel, resources)
     need = placement.need_of(cfg.parallel, device)
-    stride = cfg.parallel.workers * cfg.batch.micro_rows
-    print(f"run       {Path(cfg.run.dir) / cfg.run.name}")
-    print(f"workers   {need.workers} on {device}: {need.gpus} GPUs, {need.cpus} CPUs (one of them for Ray Data)")
-    print(f"step      {cfg.batch.rows} rows of {cfg.data.seq_len} tokens = {cfg.batch.rows * cfg.data.seq_len:,} tokens")
-    print(f"          in {-(-cfg.batch.rows // stride)} micro-batches of {cfg.batch.micro_rows} rows a worker")
-    print(f"schedule  {_schedule(cfg)}")
     shape = shape_of(read_config(cfg.model))
+    chosen = fitting.choose_micro_rows(shape, cfg, device, _free_of_card())
+    stride = cfg.parallel.workers * int(chosen.batch.micro_rows)
+    print(f"run       {store.join(cfg.run.dir, cfg.run.name)}")
+    print(f"workers   {need.workers} on {device}: {need.gpus} GPUs, {need.cpus} CPUs (one of them for Ray Data)")
+    if cfg.parallel.replicas > 1:
+        print(f"          {cfg.parallel.replicas} replicas, each sharded over {cfg.parallel.workers // cfg.parallel.replicas} workers")
+    print(f"step      {cfg.batch.rows} rows of {cfg.data.seq_len} tokens = {cfg.batch.rows * cfg.data.seq_len:,} tokens")
+    print(f"          in {-(-cfg.batch.rows // stride)} micro-batches of {chosen.batch.micro_rows} rows a worker{_why(cfg, device)}")
+    print(f"schedule  {_schedule(cfg)}")
+    for line in report(kernel_choices(cfg, device)):
+        print(f"kernels   {line}")
     if shape is None:
         print("memory    not estimated: the formulas do not cover this architecture")
     else:
-        weights = memory.weights_of(shape, cfg.adapter)
+        weights = memory.weights_of(shape, cfg.adapter, cfg.model.unfrozen)
         print(f"weights   {weights.base / 1e6:,.1f} M, {weights.trained / 1e6:,.2f} M trained")
-        needed = memory.estimate(
-            shape, seq_len=cfg.data.seq_len, batch=cfg.batch, parallel=cfg.parallel, adapter=cfg.adapter, model=cfg.model, device=device
-        )
-        print(f"memory    {needed.total / 2**30:.2f} GiB a worker, highest in {needed.moment}:")
-        for part, size in needed.table():
-            print(f"          {size / 2**30:8.3f}  {part}")
+        _print_memory(memory.estimate(shape, chosen, device))
     placement.check_cluster(need, resources)
     if shape is not None:
-        _check_memory(needed.total, need.workers, device, resources)
+        _check_memory(shape, chosen, device, resources)
     print("fits")
 
 
 def check(model: str, adapter_targets: str | None, seq_len: int) -> None:
     """Load a model as training would and report whether it can be trained, and how."""
+    from rayft.actors.export import local_launch
     from rayft.actors.session import open_session
     from rayft.config.load import load
     from rayft.train.check import check_model
@@ -166,7 +248,8 @@ def check(model: str, adapter_targets: str | None, seq_len: int) -> None:
         print(f"warning: {package} does not match this CPU build of torch and breaks transformers: pip uninstall -y {package}")
     overrides = ["method=sft", "run.name=check", f"model.path={json.dumps(model)}", "data.train.none.path=none", f"data.seq_len={seq_len}"]
     cfg = absolute(load([], overrides + ([f"adapter.targets={json.dumps(adapter_targets)}"] if adapter_targets else [])))
-    with open_session(_local_launch(cfg, Path.cwd())) as session:
+    assert isinstance(cfg, SftRun)
+    with open_session(local_launch(cfg)) as session:
         check_model(cfg, session, print)
 
 
@@ -184,49 +267,53 @@ def _schedule(cfg: SftRun) -> str:
     return f"{derive_steps(rows, cfg.batch.rows, cfg.run.epochs, None)} steps: {cfg.run.epochs:g} epochs of {rows:,} rows"
 
 
-def _check_memory(each: int, workers: int, device: str, resources: dict[str, float]) -> None:
+def _free_of_card() -> int:
+    """Bytes free on the first GPU of this machine; 0 without one."""
+    import torch
+
+    return torch.cuda.mem_get_info(0)[0] if torch.cuda.is_available() else 0
+
+
+def _why(cfg: SftRun, device: str) -> str:
+    """How batch.micro_rows auto became a number."""
+    if cfg.batch.micro_rows != "auto":
+        return ""
+    if device == "cuda" and not _free_of_card():
+        return " at least: each start chooses by its workers' cards, and there is none here"
+    return " (auto)"
+
+
+def _print_memory(needed: MemoryPlan) -> None:
+    """The plan by part."""
+    print(f"memory    {needed.total / 2**30:.2f} GiB a worker, highest in {needed.moment}:")
+    for part, size in needed.table():
+        print(f"          {size / 2**30:8.3f}  {part}")
+    if needed.host:
+        print(f"host      {sum(needed.host.values()) / 2**30:.2f} GiB a worker, pinned:")
+        for part, size in needed.host.items():
+            print(f"          {size / 2**30:8.3f}  {part}")
+
+
+def _check_memory(shape: ModelShape, cfg: SftRun, device: str, resources: dict[str, float]) -> None:
     """Refuse what cannot fit: on CPUs all workers share the cluster's memory, on a GPU each has its card (when there is one here)."""
     import torch
 
-    remedy = "Lower batch.micro_rows or data.seq_len, set parallel.activation_checkpointing=true, or add workers"
-    if device == "cpu" and each * workers > resources["memory"]:
-        raise ResourceError(
-            "parallel.workers",
-            workers,
-            f"need {each * workers / 2**30:.1f} GiB together, there are {resources['memory'] / 2**30:.1f}",
-            remedy,
-        )
-    if device == "cuda" and torch.cuda.is_available() and each > torch.cuda.get_device_properties(0).total_memory:
-        card = torch.cuda.get_device_properties(0)
-        raise ResourceError(
-            "parallel.workers", workers, f"each need {each / 2**30:.1f} GiB, a {card.name} has {card.total_memory / 2**30:.1f}", remedy
-        )
+    from rayft.parallel import fitting, memory
 
+    workers, each = cfg.parallel.workers, memory.estimate(shape, cfg, device).total
+    together = device == "cpu"
+    if not together and not torch.cuda.is_available():
+        return
+    room = resources["memory"] if together else float(torch.cuda.get_device_properties(0).total_memory)
 
-def _checkpoint(cfg: SftRun, step: int | None) -> Restored:
-    """The run's newest committed checkpoint, or that of a step, after checking that it belongs to these base weights."""
-    from rayft.actors.run import base_identity
-    from rayft.checkpoint import resume
+    def part(run: SftRun, plan: MemoryPlan) -> float:
+        return plan.total * (run.parallel.workers if together else 1) / room
 
-    run_dir = Path(cfg.run.dir) / cfg.run.name
-    found = [one for one in resume.committed(run_dir) if step is None or one.step == step]
-    if not found:
-        have = ", ".join(str(one.step) for one in resume.committed(run_dir)) or "none"
-        rule = f"there is no such checkpoint in {run_dir} (steps: {have})"
-        raise DataError("--step" if step is not None else "run.name", step, rule, "Name one of these steps, or train first")
-    resume.refuse_other_base(found[-1], {"base weights": base_identity(cfg)})
-    return found[-1]
-
-
-def _local_launch(cfg: SftRun, run_dir: Path) -> Launch:
-    import torch
-
-    from rayft.actors.placement import resolve_device
-
-    device = resolve_device(cfg.parallel, {"GPU": float(torch.cuda.device_count())})
-    return Launch(
-        cfg=cfg, run_dir=run_dir, train_shards=run_dir, eval_shards=None, identity={}, total_steps=0, device_type=device, local=True
-    )
+    if part(cfg, memory.estimate(shape, cfg, device)) > 1:
+        have = f"there are {room / 2**30:.1f}" if together else f"a {torch.cuda.get_device_name(0)} has {room / 2**30:.1f}"
+        needs = f"need {each * workers / 2**30:.1f} GiB together" if together else f"each need {each / 2**30:.1f} GiB"
+        remedy = fitting.remedy(shape, cfg, device, lambda run, plan: part(run, plan) <= fitting.FILLED)
+        raise ResourceError("parallel.workers", workers, f"{needs}, {have}", remedy)
 
 
 def _breaking_packages() -> list[str]:

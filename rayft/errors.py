@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RayftError(Exception):
     """A refusal or failure that rayft explains.
@@ -62,3 +66,39 @@ class InfrastructureError(RayftError):
 
     exit_code = 6
     kind = "infrastructure"
+
+
+class Stopped(RayftError):
+    """The run ended early because it was asked to, with a checkpoint. Running the same command again resumes."""
+
+    exit_code = 143  # what a shell shows of a process that SIGTERM ended
+    kind = "stopped"
+
+
+NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up"}
+
+
+@contextmanager
+def room_for(place: object) -> Iterator[None]:
+    """Say in a sentence that the disk or the quota ended while something was written at `place`.
+
+    Raises:
+        ResourceError: an error of the block is, or comes from, one of those.
+    """
+    try:
+        yield
+    except Exception as problem:
+        if isinstance(problem, RayftError) or (flaw := no_room(problem)) is None:
+            raise
+        raise ResourceError(str(place), None, f"cannot be written: {flaw}", "Make room there and run the same command again") from problem
+
+
+def no_room(problem: BaseException | None) -> str | None:
+    """What ended, in words, when the error or one that it comes from is of a full disk or quota; else None."""
+    if problem is None:
+        return None
+    if isinstance(problem, OSError) and problem.errno in NO_ROOM:
+        return NO_ROOM[problem.errno]
+    ranks = getattr(problem, "failures", {})  # of torch's CheckpointException: rank -> (error, traceback)
+    causes = [failure[0] for failure in ranks.values()] if isinstance(ranks, dict) else []
+    return next((flaw for cause in [*causes, problem.__cause__ or problem.__context__] if (flaw := no_room(cause))), None)

@@ -5,17 +5,20 @@ Shape letters: T packed tokens of one micro-batch on one rank, D documents in it
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from rayft.config.functions import UserFunction
-    from rayft.config.schema import SftRun
+    from rayft.config.schema import AnyRun
+
+R = TypeVar("R", bound="AnyRun")
+"""The kind of run, such as SftRun."""
 
 Need = Literal["weighted_nll", "logprobs"]
 Metrics = dict[str, "Tensor"]
@@ -41,7 +44,8 @@ class Batch:
         document_lengths: the D lengths on the host; they sum to T.
         num_tokens: tokens that are not padding, on the host.
         step: the optimizer step the micro-batch belongs to.
-        rollout_logprobs, ref_logprobs, advantages: float32 [T], for RL and preference losses.
+        rollout_logprobs, policy_logprobs, ref_logprobs, advantages: float32 [T], for RL and preference losses: as the engine sampled
+            them, as the policy gave them before the step's first update, and as the reference gives them.
         versions: int32 [T], policy version of each completion token.
         multimodal: extra tensors by name, passed to the model's forward.
     """
@@ -58,6 +62,7 @@ class Batch:
     num_tokens: int
     step: int = 0
     rollout_logprobs: Tensor | None = None
+    policy_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     advantages: Tensor | None = None
     versions: Tensor | None = None
@@ -111,11 +116,13 @@ class Session:
     Attributes:
         rank, world_size, local_rank: place in the group.
         device: "cpu" or "cuda:N".
-        run_dir: the run's directory, on storage that every node sees.
+        run_dir: folder for the files of this run: its directory, or, for a run on an object store, a folder of this node whose
+            files go to the store.
         report: `report(metrics, directory, finish)`; every rank calls it at the same step. `finish()` runs off the
             training thread, waits until the directory is complete, and raises if it could not be written; only then
             does the checkpoint count as committed.
         deadline_s: longest time that any wait between ranks may take.
+        remote: URL of the run's directory when it is on an object store.
     """
 
     rank: int
@@ -123,36 +130,51 @@ class Session:
     local_rank: int
     device: str
     run_dir: Path
-    report: Callable[[dict[str, float], Path, Callable[[], None]], None]
+    report: Callable[[dict[str, float], str, Callable[[], None]], None]
     deadline_s: float
+    remote: str | None = None
+
+    @property
+    def home(self) -> str:
+        """The run's directory as every process reaches it: a path or a URL."""
+        return self.remote or str(self.run_dir)
 
 
 @dataclass(frozen=True)
-class Launch:
+class Launch(Generic[R]):
     """All that a worker is started with; picklable, complete before anything is placed.
 
     Attributes:
         cfg: the run.
-        run_dir: absolute.
-        train_shards, eval_shards: directories of packed shards.
+        run_dir: absolute; see Session.
+        train_shards, eval_shards: folders of packed shards, by path or URL.
         identity: facts by name that a checkpoint must share to be resumed: digests of shards and base weights.
         total_steps: length of the schedule.
         device_type: "cpu" or "cuda".
         local: the worker is this process, without Ray.
         callbacks: the run's user functions, resolved.
         attempt: number of this start of the run, from 1.
+        remote: see Session.
+        controller: name of the actor that leads an online run.
     """
 
-    cfg: SftRun
+    cfg: R
     run_dir: Path
-    train_shards: Path
-    eval_shards: Path | None
+    train_shards: str
+    eval_shards: str | None
     identity: Mapping[str, str]
     total_steps: int
     device_type: str
     local: bool
     callbacks: tuple[UserFunction, ...] = ()
     attempt: int = 0
+    remote: str | None = None
+    controller: str = ""
+
+    @property
+    def home(self) -> str:
+        """The run's directory as every process reaches it: a path or a URL."""
+        return self.remote or str(self.run_dir)
 
     @property
     def last_step(self) -> int:
@@ -217,20 +239,106 @@ class Completion:
     finish_reason: str
 
 
-class Engine(Protocol):
-    """A generation engine of the rollout pool (vLLM, or a small in-process one for tests)."""
+@dataclass(frozen=True)
+class Prompt:
+    """One unit of online work: a prompt to answer several times.
 
-    def generate(
+    Attributes:
+        key: "<epoch>-<row id>", unique in a run; everything random about the group is drawn from it.
+        row_id: row of the prompt dataset.
+        tokens: the rendered prompt.
+        row: the dataset's columns, for rewards and environments.
+    """
+
+    key: str
+    row_id: int
+    tokens: tuple[int, ...]
+    row: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One answer to a prompt: all that the policy wrote and, in environments, read, token for token.
+
+    Attributes:
+        tokens: what follows the prompt; n ids.
+        by_policy: n flags, true where the policy generated the token; only those are trained.
+        logprobs: n values, log-probability of each generated token under the sampling distribution; 0 elsewhere.
+        versions: spans (policy version, first, end) over the generated tokens' positions in `tokens`, ascending.
+        finish_reason: "stop" or "length"; an aborted generation is a failure, never a trajectory.
+        turns: calls of the engine that it took.
+        rewards: what an environment gave, by name, summed over the turns.
+    """
+
+    tokens: tuple[int, ...]
+    by_policy: tuple[bool, ...]
+    logprobs: tuple[float, ...]
+    versions: tuple[tuple[str, int, int], ...]
+    finish_reason: str
+    turns: int = 1
+    rewards: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Group:
+    """All answers to one prompt: a rollout's return value, which the controller passes on by reference and never opens.
+
+    Attributes:
+        prompt: what was asked.
+        trajectories: the answers, in the order of their sample index.
+    """
+
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the controller keeps of a group: numbers, never tokens.
+
+    Attributes:
+        key: of the prompt.
+        rewards: reward name -> one value per trajectory.
+        total: weighted sum of the rewards, one per trajectory.
+        lengths: generated tokens of each trajectory.
+        sizes: all tokens of each trajectory, with its prompt and what it read.
+        truncated: whether each ended by length.
+        oldest, newest: lowest and highest policy step among its tokens.
+    """
+
+    key: str
+    rewards: Mapping[str, tuple[float, ...]]
+    total: tuple[float, ...]
+    lengths: tuple[int, ...]
+    sizes: tuple[int, ...]
+    truncated: tuple[bool, ...]
+    oldest: int
+    newest: int
+
+
+class Engine(Protocol):
+    """A generation engine of the rollout pool (vLLM, or a small in-process one for tests).
+
+    Cancelling `generate` aborts the request. Between `pause` and `resume` no token is produced and nothing is lost; what was under
+    way goes on under the weights that `receive` brought meanwhile. `receive` takes one part of a push (`weight_sync.protocol`)
+    and answers once per worker. `load` gives running, waiting, kv_use (0 to 1) and preemptions (since the start).
+    """
+
+    async def generate(
         self, request_id: str, prompt: Sequence[int], *, max_tokens: int, temperature: float, top_p: float, seed: int
-    ) -> AsyncIterator[Completion]: ...
+    ) -> Completion: ...
 
     async def pause(self) -> None: ...
 
     async def resume(self) -> None: ...
 
-    async def receive(self, version: str, push: Mapping[str, Any]) -> None: ...
+    async def receive(self, version: str, push: Mapping[str, Any]) -> list[Mapping[str, Any]]: ...
 
     async def version(self) -> str: ...
+
+    async def load(self) -> Mapping[str, float]: ...
+
+    async def close(self) -> None: ...
 
 
 class Reward(Protocol):

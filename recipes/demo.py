@@ -1,6 +1,6 @@
 """What `make demo` runs: a tiny model learns a made-up zoo through the normal command line, and answers questions about it.
 
-    python -m rayft.recipes.demo [overrides such as parallel.workers=1]
+python -m rayft.recipes.demo [overrides such as parallel.workers=1]
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ TRAIN_ROWS, EVAL_ROWS, QUESTIONS, SHOWN = 4000, 300, 20, 3
 def main(overrides: Sequence[str]) -> None:
     """Write model and data, train, and show what was learnt."""
     cfg = load([CONFIG], overrides)
+    assert isinstance(cfg, SftRun)
     write_assets(cfg)
     trained = subprocess.run([sys.executable, "-m", "rayft", "train", str(CONFIG), *overrides], check=False)
     if trained.returncode:

@@ -26,14 +26,16 @@ def main(cfg: SftRun, local: bool = False) -> None:
         run.say_where()
 
 
-def train(launch: Launch) -> None:
+def train(launch: Launch[SftRun]) -> None:
     """One worker: builds the sharded model, resumes, and steps."""
     from rayft.checkpoint.huggingface import export
-    from rayft.losses.supervised import NEED, next_token
+    from rayft.losses.supervised import supervised_loss
     from rayft.train.step import forward_backward
     from rayft.train.trainer import Trainer
 
-    with open_session(launch) as session, Trainer(launch, session, next_token, NEED) as trainer:
+    loss, need = supervised_loss(launch.cfg.data.train)
+    with open_session(launch) as session, Trainer(launch, session, *supervised_loss(launch.cfg.data.eval)) as trainer:
         for step, batches in trainer.steps():
-            trainer.finish(step, *forward_backward(trainer.parts, batches, next_token, NEED, trainer.mesh))
-        export(trainer.parts[0], launch.cfg, launch.run_dir)
+            trainer.finish(step, *forward_backward(trainer.parts, batches, loss, need, trainer.mesh))
+        if not trainer.stopped:
+            export(trainer.parts[0], launch.cfg, launch.home, trainer.step)

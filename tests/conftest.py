@@ -36,6 +36,6 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray cluster for the whole test run: 4 logical CPUs, because 2 leave none for data beside the workers."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

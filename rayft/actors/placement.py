@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rayft.config.schema import Parallel
+from rayft.config.schema import AnyRun, GrpoRun, Parallel
 from rayft.errors import ResourceError
 from rayft.optim.schedules import rows_of_epochs
 
@@ -39,10 +39,19 @@ def resolve_device(parallel: Parallel, resources: Mapping[str, float]) -> str:
     return "cuda" if resources.get("GPU", 0) >= 1 else "cpu"
 
 
-def worker_resources(parallel: Parallel, device: str) -> dict[str, float]:
-    """What Ray reserves for one worker: a GPU or none, and CPUs as configured, which is none beside a GPU and one without."""
+ENGINE_SHARE, TRAINER_SHARE = 0.51, 0.49
+"""Of a GPU that an engine and a worker share. Halves would let Ray put two engines on one GPU and two workers on another."""
+
+
+def gpu_share(cfg: AnyRun) -> float:
+    """GPUs of a worker that has any."""
+    return TRAINER_SHARE if isinstance(cfg, GrpoRun) and cfg.placement.mode == "colocated" else 1.0
+
+
+def worker_resources(parallel: Parallel, device: str, share: float = 1.0) -> dict[str, float]:
+    """What Ray reserves for one worker: a GPU, a share or none, and CPUs as configured, which is none beside a GPU and one without."""
     cpus = parallel.cpus_per_worker if parallel.cpus_per_worker is not None else int(device == "cpu")
-    return {"CPU": float(cpus)} | ({"GPU": 1.0} if device == "cuda" else {})
+    return {"CPU": float(cpus)} | ({"GPU": share} if device == "cuda" else {})
 
 
 def need_of(parallel: Parallel, device: str) -> Need:
@@ -92,8 +101,9 @@ def start_ray() -> None:
     if in_ray_job():
         ray.init()
     else:
-        # With the dashboard: Ray Train's cleaner asks its state API whether a controller is dead and its workers' CPUs are free again.
-        ray.init(address="local", num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1), include_dashboard=True)
+        # None starts the dashboard where its packages are installed: Ray Train's cleaner asks its state API whether a controller is dead
+        # and its workers' CPUs are free again.
+        ray.init(address="local", num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1), include_dashboard=None)
 
 
 def resources_in_reach() -> dict[str, float]:

@@ -15,39 +15,61 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from rayft.actors.stop import beside_signals, stop_on_signals
 from rayft.checkpoint import resume
+from rayft.config.environment import Credentials
 from rayft.config.functions import FILE_MODULE
-from rayft.errors import InfrastructureError, RayftError
+from rayft.data import store
+from rayft.errors import InfrastructureError, RayftError, Stopped
+from rayft.train.requests import STOP_NOW
 from rayft.types import Launch
 
 log = logging.getLogger("rayft")
 
-Worker = Callable[[Launch], Any]
+Worker = Callable[[Launch[Any]], Any]
 
 RAY_RECORD = "checkpoint_manager_snapshot.json"
 """Ray Train's own list of checkpoints. Every attempt starts without: Ray refuses to start when a listed one is gone, and it may be,
 because a local run pruned it or the user deleted it to resume from an older one."""
 
 
-def fit(worker: Worker, launch: Launch) -> None:
-    """Run `worker(launch)` on every rank until it returns.
+def fit(worker: Worker, launch: Launch[Any]) -> None:
+    """Run `worker(launch)` on every rank until it returns; SIGTERM and Ctrl-C ask it to stop with a checkpoint.
 
     Raises:
+        Stopped: it was asked to, and did.
         RayftError: what a worker raised, unchanged.
         InfrastructureError: processes died more often than run.max_failures.
     """
-    if launch.local:
-        worker(_next_attempt(launch))
-        return
+    store.delete(store.join(launch.home, STOP_NOW))
+    with stop_on_signals(launch.home):
+        if launch.local:
+            worker(_next_attempt(launch))
+        else:
+            _fit_on_ray(worker, launch)
+    _raise_if_stopped(launch)
+
+
+def _raise_if_stopped(launch: Launch[Any]) -> None:
+    """A run that was asked to stop ends in order; that it is not at its end is for the driver to say."""
+    newest = resume.newest(launch.home)
+    step = newest.step if newest is not None else 0
+    if store.exists(store.join(launch.home, STOP_NOW)) and step < launch.last_step:
+        rule = f"stopped as asked after step {step} of {launch.last_step}, with a checkpoint"
+        raise Stopped("run.name", launch.cfg.run.name, rule, "Run the same command again to resume")
+
+
+def _fit_on_ray(worker: Worker, launch: Launch[Any]) -> None:
     import ray.exceptions
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     allowed = launch.cfg.run.max_failures
     for failures in range(allowed + 1):
         launch = _next_attempt(launch)
-        (resume.checkpoints_dir(launch.run_dir) / RAY_RECORD).unlink(missing_ok=True)
+        if launch.remote is None:
+            store.delete(store.join(resume.checkpoints_dir(launch.home), RAY_RECORD))
         try:
-            _trainer(worker, launch).fit()
+            beside_signals(_trainer(worker, launch).fit)
             return
         except TrainingFailedError as failure:
             _raise_own(failure)
@@ -65,29 +87,47 @@ def fit(worker: Worker, launch: Launch) -> None:
     )
 
 
-def _trainer(worker: Worker, launch: Launch) -> Any:
+def _trainer(worker: Worker, launch: Launch[Any]) -> Any:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from rayft.actors.placement import worker_resources
-    from rayft.config.environment import worker_environment
+    from rayft.actors.placement import gpu_share, worker_resources
+    from rayft.config.environment import credentials, worker_environment
 
     _ship_code(worker)
     cfg, gpu = launch.cfg, launch.device_type == "cuda"
     return TorchTrainer(
-        functools.partial(worker, launch),
+        functools.partial(_work, worker, launch, credentials(forward=cfg.env.forward)),
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s=int(cfg.run.deadline_s)),
         scaling_config=ScalingConfig(
-            num_workers=cfg.parallel.workers, use_gpu=gpu, resources_per_worker=worker_resources(cfg.parallel, launch.device_type)
+            num_workers=cfg.parallel.workers,
+            use_gpu=gpu,
+            resources_per_worker=worker_resources(cfg.parallel, launch.device_type, gpu_share(cfg)),
         ),
         run_config=RunConfig(
-            name=resume.checkpoints_dir(launch.run_dir).name,
-            storage_path=str(launch.run_dir),
+            name=store.name_of(resume.checkpoints_dir(launch.home)),
+            **_ray_storage(launch),
             failure_config=FailureConfig(max_failures=0),
             logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": worker_environment()},
         ),
     )
+
+
+def _work(worker: Worker, launch: Launch[Any], secrets: Credentials) -> Any:
+    """What runs on every rank."""
+    secrets.adopt()
+    return worker(launch)
+
+
+def _ray_storage(launch: Launch[Any]) -> dict[str, Any]:
+    """Where Ray Train keeps its own record of a run, which nothing here reads: beside the checkpoints, or nowhere."""
+    if launch.remote is None:
+        return {"storage_path": launch.home}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    # Each process has its own: no request to the store, and no credentials in Ray's controller.
+    return {"storage_path": "rayft", "storage_filesystem": PyFileSystem(FSSpecHandler(store.filesystem("memory://")))}
 
 
 def _ship_code(worker: Worker) -> None:
@@ -140,11 +180,11 @@ def _first_line(error: BaseException) -> str:
     return f"{type(inner).__name__}: {lines[0]}"
 
 
-def _next_attempt(launch: Launch) -> Launch:
+def _next_attempt(launch: Launch[Any]) -> Launch[Any]:
     """Note a start in attempts.jsonl and number it, from 1."""
-    file = launch.run_dir / "attempts.jsonl"
-    number = 1 + (len(file.read_text().splitlines()) if file.exists() else 0)
+    file = store.join(launch.home, "attempts.jsonl")
+    so_far = store.read(file) if store.exists(file) else b""
+    number = 1 + len(so_far.splitlines())
     record = {"attempt": number, "time": time.time(), "workers": 1 if launch.local else launch.cfg.parallel.workers, "local": launch.local}
-    with file.open("a") as stream:
-        stream.write(json.dumps(record) + "\n")
+    store.write(file, so_far + json.dumps(record).encode() + b"\n")
     return dataclasses.replace(launch, attempt=number)

@@ -1,12 +1,16 @@
 """Exports that others load: a Hugging Face folder of full weights, or an adapter as plain peft reads it.
 
-Both are written to a temporary folder beside the target and renamed, so a killed export leaves the old one or none.
+On a path both are written to a temporary folder beside the target and renamed, so a killed export leaves the old one or none. On an
+object store files are made here and uploaded one by one; `export.json`, deleted first and written last, makes an export count.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +20,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rayft.config.schema import Adapter, Model, SftRun
+from rayft.config.schema import Adapter, AnyRun, Model
+from rayft.data import store
+from rayft.data.store import Location
+from rayft.errors import room_for
 from rayft.models.adapt import adapter_config
+from rayft.models.hub import EXPORT
 from rayft.models.load import hf_name, is_adapter, read_config
 from rayft.models.tokenizer import load_tokenizer
 
@@ -25,26 +33,36 @@ FILE_BYTES = 5 << 30
 """Most bytes in one safetensors file of an export."""
 
 
-def export(module: Any, cfg: SftRun, run_dir: Path) -> None:
+def export(module: Any, cfg: AnyRun, home: Location, step: int) -> None:
     """Write what `cfg.export` asks for below the run's directory: export/, and export-merged/. Every rank calls it."""
     if not cfg.export.at_end:
         return
+    dtype = getattr(torch, cfg.export.dtype)
     if cfg.adapter.type == "none":
-        export_full(module, cfg.model, getattr(torch, cfg.export.dtype), run_dir / "export")
+        export_full(module, cfg.model, dtype, store.join(home, "export"), step)
         return
-    export_adapter(module, cfg.model, cfg.adapter, run_dir / "export")
+    export_adapter(module, cfg.model, cfg.adapter, store.join(home, "export"), step)
     if cfg.export.merge:
-        export_full(module, cfg.model, getattr(torch, cfg.export.dtype), run_dir / "export-merged")
+        export_full(module, cfg.model, dtype, store.join(home, "export-merged"), step)
 
 
-def export_adapter(module: Any, model: Model, adapter: Adapter, target: Path) -> None:
+def export_step(target: Location) -> int | None:
+    """The step of a finished export; None when there is none."""
+    try:
+        return int(json.loads(store.read(store.join(target, EXPORT)))["step"])
+    except FileNotFoundError:
+        return None
+
+
+def export_adapter(module: Any, model: Model, adapter: Adapter, target: Location, step: int) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`. Every rank calls it; rank 0 writes.
 
     Args:
         module: the sharded, adapted model.
         model: its section; its path becomes the adapter's base.
         adapter: its section.
-        target: the folder to make.
+        target: the folder to make, by path or URL.
+        step: optimizer steps taken.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
@@ -55,44 +73,128 @@ def export_adapter(module: Any, model: Model, adapter: Adapter, target: Path) ->
     if dist.get_rank() == 0:
         from safetensors.torch import save_file
 
-        folder = _fresh(target)
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        adapter_config(module, adapter, model.path).save_pretrained(str(folder))
-        load_tokenizer(model).save_pretrained(folder)
-        _publish(folder, target)
+        with _new_folder(target, step) as folder:
+            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            adapter_config(module, adapter, model.path).save_pretrained(str(folder))
+            load_tokenizer(model).save_pretrained(folder)
     dist.barrier()
 
 
-def export_full(module: Any, model: Model, dtype: torch.dtype, target: Path) -> None:
+def export_full(module: Any, model: Model, dtype: torch.dtype, target: Location, step: int) -> None:
     """Write all weights as safetensors with an index, configuration and tokenizer; adapters are added to their base weights.
 
-    Every rank writes its rows; the folder must be on storage that all ranks see. Names are the checkpoint's.
+    On a path, which must be on storage that all ranks see, every rank writes its rows; for a store rank 0 gathers a file at a time.
+    Names are the checkpoint's.
 
     Args:
         module: the sharded model, adapted or not; it is not changed.
         model: its section.
         dtype: of the exported weights.
-        target: the folder to make.
+        target: the folder to make, by path or URL.
+        step: optimizer steps taken.
     """
+    state = {name: value.to(dtype) for name, value in _merged(module).items()}
+    if store.is_url(target):
+        _export_objects(module, model, state, dtype, str(target), step)
+    else:
+        _export_files(module, model, state, dtype, Path(target), step)
+    dist.barrier()
+
+
+def _export_files(module: Any, model: Model, state: dict[str, Tensor], dtype: torch.dtype, target: Path, step: int) -> None:
     from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
-    state = {name: value.to(dtype) for name, value in _merged(module).items()}
-    folder = _fresh(target) if dist.get_rank() == 0 else _temporary(target)
-    dist.barrier()
-    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_files(state), save_distributed=True, enable_consolidation=True)
-    dcp.save(cast(Any, state), storage_writer=writer)
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder / "sharded")
-        _mark_format(folder)
-        config = read_config(model)
-        config.dtype = dtype
-        config.architectures = [type(module).__mro__[1].__name__ if type(module).__name__.startswith("FSDP") else type(module).__name__]
-        config.save_pretrained(folder)
-        if module.generation_config is not None:
-            module.generation_config.save_pretrained(folder)
-        load_tokenizer(model).save_pretrained(folder)
-        _publish(folder, target)
-    dist.barrier()
+    with room_for(target):
+        folder = _fresh(target) if dist.get_rank() == 0 else _temporary(target)
+        dist.barrier()
+        writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_files(state), save_distributed=True, enable_consolidation=True)
+        dcp.save(cast(Any, state), storage_writer=writer)
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder / "sharded")
+            _mark_format(folder)
+            _write_rest(module, model, dtype, folder)
+            (folder / EXPORT).write_text(json.dumps({"step": step}))
+            _publish(folder, target)
+
+
+def _export_objects(module: Any, model: Model, state: dict[str, Tensor], dtype: torch.dtype, target: str, step: int) -> None:
+    from safetensors.torch import save_file
+
+    numbers = _files(state)
+    count = max(numbers.values())
+    names = {number: f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors" for number in numbers.values()}
+    upload = _Upload(target) if dist.get_rank() == 0 else None
+    for number, file in names.items():
+        full = {name: _full(value).cpu().contiguous() for name, value in state.items() if numbers[name] == number}
+        if upload is not None:
+            with upload.file(file) as path:
+                save_file(full, path, metadata={"format": "pt"})
+    if upload is not None:
+        with tempfile.TemporaryDirectory(prefix="rayft-export-") as folder, room_for(folder):
+            _write_rest(module, model, dtype, Path(folder))
+            if count > 1:
+                index = {"metadata": {"total_size": _bytes(state)}, "weight_map": {name: names[numbers[name]] for name in state}}
+                (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            upload.folder(Path(folder))
+        upload.finish(step)
+
+
+class _Upload:
+    """An export on a store in the making: what was there stops counting at once, what comes counts when it is finished."""
+
+    def __init__(self, target: str) -> None:
+        store.delete_tree(target, mark=EXPORT)
+        self._target = target
+        self._files: dict[str, tuple[int, str]] = {}
+
+    @contextmanager
+    def file(self, name: str) -> Iterator[Path]:
+        """A local path to write a file to, which is then uploaded."""
+        with store.committed_file(store.join(self._target, name)) as path:
+            yield path
+            self._files[name] = (path.stat().st_size, store.file_hash(path))
+
+    def folder(self, folder: Path) -> None:
+        """Upload every file of a local folder."""
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            with self.file(path.relative_to(folder).as_posix()) as copy:
+                shutil.copyfile(path, copy)
+
+    def finish(self, step: int) -> None:
+        """Write the mark, which lists every file with its size and hash."""
+        store.write(store.join(self._target, EXPORT), json.dumps({"step": step, "files": self._files}).encode())
+
+
+@contextmanager
+def _new_folder(target: Location, step: int) -> Iterator[Path]:
+    """A local folder to write to, which becomes the export."""
+    if store.is_url(target):
+        with tempfile.TemporaryDirectory(prefix="rayft-export-") as folder, room_for(folder):
+            yield Path(folder)
+            upload = _Upload(str(target))
+            upload.folder(Path(folder))
+            upload.finish(step)
+        return
+    with room_for(target):
+        fresh = _fresh(Path(target))
+        yield fresh
+        (fresh / EXPORT).write_text(json.dumps({"step": step}))
+        _publish(fresh, Path(target))
+
+
+def _write_rest(module: Any, model: Model, dtype: torch.dtype, folder: Path) -> None:
+    """Configuration and tokenizer."""
+    config = read_config(model)
+    config.dtype = dtype
+    config.architectures = [next(kind.__name__ for kind in type(module).__mro__ if not kind.__name__.startswith("FSDP"))]
+    config.save_pretrained(folder)
+    if module.generation_config is not None:
+        module.generation_config.save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
+
+
+def _bytes(state: Mapping[str, Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in state.values())
 
 
 def _merged(module: Any) -> dict[str, Tensor]:
@@ -104,7 +206,9 @@ def _merged(module: Any) -> dict[str, Tensor]:
         if hasattr(part, "lora_A") and "default" in part.lora_A:
             key = f"{hf_name(name + '.')}weight"
             update = part.lora_B["default"].weight.detach().float() @ part.lora_A["default"].weight.detach().float()
-            parameters[key] = parameters[key].float() + part.scaling["default"] * update
+            base = parameters[key].float()
+            # A frozen weight that a rank has all of is not sharded, whatever its adapter is.
+            parameters[key] = base + part.scaling["default"] * (update if isinstance(base, DTensor) else _full(update))
     return parameters
 
 

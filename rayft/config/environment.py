@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
+from dataclasses import dataclass, field
 
 from rayft.errors import ConfigError
 
@@ -14,7 +15,18 @@ OPTED_OUT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # Ray does not read DO_NOT_TRACK
     "VLLM_NO_USAGE_STATS": "1",  # vLLM takes "1" only, so DO_NOT_TRACK=true would not reach it
 }
-FORWARDED = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
+FORWARDED = (
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_CA_BUNDLE",
+)
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN")
+"""What processes get as an argument: Ray writes the variables of a runtime environment into its logs."""
 FOLDERS = ("HF_HOME", "HF_HUB_CACHE")
 
 
@@ -34,6 +46,33 @@ def worker_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str
     chosen = {name: environ[name] for name in FORWARDED if environ.get(name)}
     chosen |= {name: os.path.abspath(os.path.expanduser(chosen[name])) for name in FOLDERS if name in chosen}
     return chosen | {"TOKENIZERS_PARALLELISM": "false"} | (OPTED_OUT if opt_out(environ) else {})
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Secrets on their way to another process; they are in no text that shows this object."""
+
+    values: Mapping[str, str] = field(repr=False)
+    forwarded: Mapping[str, str] = field(repr=False, default_factory=dict)
+
+    def adopt(self, environ: MutableMapping[str, str] = os.environ) -> None:
+        """Set those that this process does not have from its own machine, and all that env.forward names."""
+        for name, value in self.values.items():
+            environ.setdefault(name, value)
+        environ.update(self.forwarded)
+
+
+def credentials(environ: Mapping[str, str] = os.environ, forward: Collection[str] = ()) -> Credentials:
+    """The secrets of this process that stores and the hub need, and the variables that env.forward names.
+
+    Raises:
+        ConfigError: one of these is not set.
+    """
+    for name in forward:
+        if name not in environ:
+            raise ConfigError("env.forward", name, "is not set where the command runs", "Set it, or take it out of the list")
+    kept = {name: environ[name] for name in CREDENTIALS if environ.get(name)}
+    return Credentials(kept, {name: environ[name] for name in forward})
 
 
 def prepare_process(environ: MutableMapping[str, str] = os.environ) -> None:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
 from rayft.config import rules
-from rayft.config.schema import METHODS, SftRun
+from rayft.config.schema import METHODS, AnyRun
 from rayft.errors import ConfigError
 
 Raw = dict[str, Any]
@@ -29,9 +29,11 @@ Node = Mapping[str, Any]
 ENTRY = "NAME"
 """Stands for the user's own name of a source in references and suggestions."""
 ELSEWHERE = {
+    "activation_offloading": "parallel.activation_offload",
     "base_model": "model.path",
     "batch_size": "batch.rows",
     "bf16": "model.compute_dtype",
+    "data_parallel_replicate_degree": "parallel.replicas",
     "dataset": f"data.train.{ENTRY}",
     "datasets": f"data.train.{ENTRY}",
     "gradient_accumulation_steps": "batch.rows",
@@ -64,8 +66,11 @@ ELSEWHERE = {
 }
 """What other trainers call a key -> its name here, for suggestions only."""
 
+BITSANDBYTES = re.compile(r".*(bnb|paged|_8bit|_32bit).*")
+"""What other trainers call optimizers of bitsandbytes."""
 
-def load(paths: Sequence[Path], overrides: Sequence[str]) -> SftRun:
+
+def load(paths: Sequence[Path], overrides: Sequence[str]) -> AnyRun:
     """The run that the files describe together, later ones over earlier ones, and overrides `a.b.c=value` over all.
 
     Mappings merge key by key; everything else, null included, replaces what was there. Sources are addressed by name:
@@ -84,23 +89,23 @@ def load(paths: Sequence[Path], overrides: Sequence[str]) -> SftRun:
     return cfg
 
 
-def dump(cfg: SftRun) -> str:
+def dump(cfg: AnyRun) -> str:
     """The run as YAML with every key written out, in the schema's order; `load` reads it back to an equal value."""
     return _write(cfg.model_dump(mode="json"), default_flow_style=False)
 
 
-def differences(old: SftRun, new: SftRun) -> list[tuple[str, Any, Any]]:
+def differences(old: AnyRun, new: AnyRun) -> list[tuple[str, Any, Any]]:
     """What changed: (dotted name, old value, new value), None for a source that is absent; the order of sources counts."""
     return list(_compare("", old.model_dump(), new.model_dump()))
 
 
-def schema(field: str | None, form: Literal["json", "yaml"]) -> str:
+def schema(field: str | None, form: Literal["json", "yaml"], method: str = "sft") -> str:
     """The reference of a dotted field, or of everything: JSON schema, or YAML with descriptions, types and defaults.
 
     Raises:
         ConfigError: there is no such field.
     """
-    tree = _tree(SftRun)
+    tree = _tree(METHODS[method])
     names = tuple(field.split(".")) if field else ()
     known, node = _locate(tree, names)
     if known != names:
@@ -217,7 +222,7 @@ def _merge(base: Raw, over: Raw) -> Raw:
     return merged
 
 
-def _validate(raw: Raw) -> SftRun:
+def _validate(raw: Raw) -> AnyRun:
     method, known = raw.get("method"), ", ".join(METHODS)
     if "method" not in raw:
         raise ConfigError("method", None, f"is required and must be one of {known}", "Add it, or give a configuration file")
@@ -249,6 +254,9 @@ def _mismatch(raw: Any, names: Sequence[Name], node: Node) -> ConfigError:
     value = raw
     for name in names:
         value = value[name]
+    if tuple(names) == ("optim", "type") and isinstance(value, str) and BITSANDBYTES.fullmatch(value):
+        rule = "is an optimizer of bitsandbytes, which cannot update sharded parameters: it has no code for DTensor"
+        return ConfigError("optim.type", value, rule, "Use adamw8bit, whose states take 8 bits as well")
     rule = f"{'is null but ' if value is None else ''}must be {_wanted(node)}"
     if value is None and "properties" in node:
         return ConfigError(_dotted(names), None, rule, "Remove the line, or indent keys below it")
@@ -267,7 +275,7 @@ class _Schema(GenerateJsonSchema):
         return schema["default_factory"]() if "default_factory" in schema else super().get_default_value(schema)
 
 
-def _tree(run: type[SftRun]) -> Node:
+def _tree(run: type[AnyRun]) -> Node:
     whole = run.model_json_schema(schema_generator=_Schema)
     return _inline(whole, whole.pop("$defs"))  # type: ignore[no-any-return]
 

@@ -1,4 +1,7 @@
-"""A lock file between processes that may run on different hosts, for work that another process need not repeat."""
+"""A lock file between processes that may run on different hosts, for work that another process need not repeat.
+
+On an object store the lock is an object, created by a conditional put, which its holder writes anew to show that it lives.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from rayft.errors import InfrastructureError
+from rayft.data import store
+from rayft.data.store import Location
+from rayft.errors import InfrastructureError, RayftError
 
 log = logging.getLogger("rayft")
 
@@ -23,7 +28,7 @@ POLL_S = 0.5
 
 
 @contextmanager
-def exclusive(lock: Path, deadline_s: float) -> Iterator[None]:
+def exclusive(lock: Location, deadline_s: float) -> Iterator[None]:
     """Hold a lock file; wait while somebody else does.
 
     A holder touches its file. It is taken over when its process is gone from this host, or when it has not changed for
@@ -35,7 +40,7 @@ def exclusive(lock: Path, deadline_s: float) -> Iterator[None]:
     name = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
     _acquire(lock, name, deadline_s)
     done = threading.Event()
-    beat = threading.Thread(target=_touch, args=(lock, done), name="rayft-lock", daemon=True)
+    beat = threading.Thread(target=_touch, args=(lock, name, done), name="rayft-lock", daemon=True)
     beat.start()
     try:
         yield
@@ -44,13 +49,13 @@ def exclusive(lock: Path, deadline_s: float) -> Iterator[None]:
         beat.join()
         found = _state(lock)
         if found is not None and found[0] == name:
-            lock.unlink(missing_ok=True)
+            store.delete(lock)
 
 
-def _acquire(lock: Path, name: str, deadline_s: float) -> None:
+def _acquire(lock: Location, name: str, deadline_s: float) -> None:
     started = changed = time.monotonic()
     seen: tuple[str, int] | None = None
-    while not _create(lock, name):
+    while not store.create(lock, name.encode()):
         found, now = _state(lock), time.monotonic()
         if found is None:
             continue
@@ -64,45 +69,50 @@ def _acquire(lock: Path, name: str, deadline_s: float) -> None:
                 return
         elif now - started > deadline_s:
             rule = f"{holder} (host, process) still holds it after {deadline_s:.0f} s"
-            raise InfrastructureError(str(lock), None, rule, "Wait for it to end and run again, or raise run.deadline_s")
+            raise InfrastructureError(os.fspath(lock), None, rule, "Wait for it to end and run again, or raise run.deadline_s")
         time.sleep(POLL_S)
 
 
-def _create(lock: Path, name: str) -> bool:
-    """Create the lock file; False when there is one."""
-    try:
-        with lock.open("x") as stream:
-            stream.write(name)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _take_over(lock: Path, found: tuple[str, int], name: str) -> bool:
+def _take_over(lock: Location, found: tuple[str, int], name: str) -> bool:
     """Put this name into a dead holder's lock. Of several that do so at once, the one whose name stays has it."""
-    temporary = lock.with_name(f".{lock.name}.{name.split()[-1]}.tmp")
-    temporary.write_text(name)
-    if _state(lock) != found:
-        temporary.unlink()
-        return False
-    temporary.replace(lock)
+    if store.is_url(lock):
+        if _state(lock) != found:
+            return False
+        store.write(lock, name.encode())
+    else:
+        file = Path(lock)
+        temporary = file.with_name(f".{file.name}.{name.split()[-1]}.tmp")
+        temporary.write_text(name)
+        if _state(lock) != found:
+            temporary.unlink()
+            return False
+        temporary.replace(file)
     time.sleep(2 * POLL_S)
     left = _state(lock)
     return left is not None and left[0] == name
 
 
-def _state(lock: Path) -> tuple[str, int] | None:
-    """(name of the holder, time of its last sign of life); None when there is no lock."""
+def _state(lock: Location) -> tuple[str, int] | None:
+    """(name of the holder, time or number of its last sign of life); None when there is no lock."""
     try:
-        return lock.read_text(), lock.stat().st_mtime_ns
+        name, _, beat = store.read(lock).decode().partition("\n")
+        return name, int(beat or 0) if store.is_url(lock) else os.stat(lock).st_mtime_ns
     except FileNotFoundError:
         return None
 
 
-def _touch(lock: Path, done: threading.Event) -> None:
+def _touch(lock: Location, name: str, done: threading.Event) -> None:
+    """Give signs of life until `done`, in one's own lock only."""
     while not done.wait(HEARTBEAT_S):
-        with suppress(FileNotFoundError):
-            os.utime(lock)
+        try:
+            if not store.is_url(lock):
+                os.utime(lock)
+            elif (found := _state(lock)) is not None and found[0] == name:
+                store.write(lock, f"{name}\n{found[1] + 1}".encode())
+        except FileNotFoundError:
+            continue
+        except RayftError as problem:
+            log.warning("no sign of life in %s: %s", lock, problem)
 
 
 def _is_gone(holder: str) -> bool:

@@ -11,19 +11,21 @@ import pickle
 import socket
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from rayft.data import shards
+from rayft.config.environment import Credentials, credentials
+from rayft.data import shards, store
 from rayft.data.formats import make_encoder
+from rayft.data.hub import cache_dir, is_there, with_hub_files
 from rayft.data.lock import exclusive
 from rayft.data.packing import pack
 from rayft.data.sources import row_place
+from rayft.data.store import Location
 from rayft.data.units import Unit, plan_units
 from rayft.errors import ConfigError, DataError, RayftError
 from rayft.models.tokenizer import fingerprint, load_tokenizer, template_text
@@ -51,16 +53,18 @@ class Job:
         model: names the tokenizer.
         data: how rows become documents and documents rows.
         units: those to pack.
+        credentials: for stores.
     """
 
-    directory: Path
+    directory: str
     model: Model
     data: Data
     units: tuple[Unit, ...]
+    credentials: Credentials
 
 
-def prepare(cfg: SftRun, split: Literal["train", "eval"], *, use_ray: bool) -> Path:
-    """The folder of a split's packed shards, complete; packs what is missing.
+def prepare(cfg: SftRun, split: Literal["train", "eval"], *, use_ray: bool) -> str:
+    """The folder of a split's packed shards, by path or URL, complete; packs what is missing.
 
     A killed call goes on where it was: units that were committed are not packed again. Two calls for the same shards do
     not write at once: the second one waits.
@@ -76,12 +80,13 @@ def prepare(cfg: SftRun, split: Literal["train", "eval"], *, use_ray: bool) -> P
         InfrastructureError: another process kept the folder's lock for longer than `run.deadline_s`.
     """
     tokenizer = load_tokenizer(cfg.model)
+    cfg = with_hub_files(cfg, split)
     key = shards.shard_key(cfg, split, fingerprint(tokenizer))
     directory = _folder(cfg, split, key)
-    cache = directory.parent
+    store.make_folder(directory)
+    shards.note_user(directory, store.join(cfg.run.dir, cfg.run.name))
     if not shards.is_complete(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        with exclusive(cache / f"{directory.name}.lock", cfg.run.deadline_s):
+        with exclusive(f"{directory}.lock", cfg.run.deadline_s):
             if not shards.is_complete(directory):
                 _fill(cfg, split, key, directory, tokenizer, use_ray=use_ray)
     shards.verify(directory, shards.read_manifest(directory).shards)
@@ -90,17 +95,19 @@ def prepare(cfg: SftRun, split: Literal["train", "eval"], *, use_ray: bool) -> P
 
 def existing(cfg: SftRun, split: Literal["train", "eval"]) -> shards.Manifest | None:
     """The manifest of a split's packed shards when they are complete already, without packing anything."""
+    if not all(is_there(cfg, dataset) for dataset in getattr(cfg.data, split).values()):
+        return None
+    cfg = with_hub_files(cfg, split)
     key = shards.shard_key(cfg, split, fingerprint(load_tokenizer(cfg.model)))
     directory = _folder(cfg, split, key)
     return shards.read_manifest(directory) if shards.is_complete(directory) else None
 
 
-def _folder(cfg: SftRun, split: str, key: str) -> Path:
-    cache = Path(cfg.data.cache_dir) if cfg.data.cache_dir is not None else Path(cfg.run.dir) / ".shards"
-    return cache / f"{split}-{key[:16]}"
+def _folder(cfg: SftRun, split: str, key: str) -> str:
+    return store.join(cache_dir(cfg), f"{split}-{key[:16]}")
 
 
-def pack_unit(unit: Unit, encoder: Encoder, directory: Path) -> shards.UnitSummary:
+def pack_unit(unit: Unit, encoder: Encoder, directory: Location) -> shards.UnitSummary:
     """Read a unit, encode and pack its rows, write its shards, commit it. Holds a window of documents at a time.
 
     The files it leaves are a function of the unit and the encoder: any process may run it, and run it again.
@@ -112,7 +119,7 @@ def pack_unit(unit: Unit, encoder: Encoder, directory: Path) -> shards.UnitSumma
     outcomes: Counter[str | None] = Counter()
     written: list[shards.Shard] = []
     for rows in _batched(_pack(_documents(unit, encoder, outcomes), data), data.shard_rows):
-        path = directory / f"{unit.index:06d}-{len(written):05d}.parquet"
+        path = store.join(directory, f"{unit.index:06d}-{len(written):05d}.parquet")
         pad_id = encoder.tokenizer.pad_token_id
         written.append(shards.write_shard(path, rows, source_id=unit.source_id, seq_len=data.seq_len, pad_id=pad_id))
     dropped = {reason: count for reason, count in outcomes.items() if reason is not None}
@@ -129,6 +136,7 @@ class Packer:
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        job.credentials.adopt()
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         """{"item": [place of a unit in the job]} -> {"rows_read": [int], "error": [pickled RayftError, or empty]}."""
@@ -145,18 +153,19 @@ class Packer:
         return make_encoder(self._job.data, load_tokenizer(self._job.model))
 
     def _pack(self, unit: Unit) -> shards.UnitSummary:
-        if not unit.file.exists():
+        if not store.exists(unit.file):
             rule = f"the file is not there on node {socket.gethostname()}"
-            raise DataError(str(unit.file), None, rule, "Put it on storage that every node sees at the same path")
+            raise DataError(unit.file, None, rule, "Put it on storage that every node sees at the same path")
         return pack_unit(unit, self._encoder, self._job.directory)
 
 
-def _fill(cfg: SftRun, split: str, key: str, directory: Path, tokenizer: Tokenizer, *, use_ray: bool) -> None:
+def _fill(cfg: SftRun, split: str, key: str, directory: str, tokenizer: Tokenizer, *, use_ray: bool) -> None:
     """Pack the units that are not committed yet, and commit the folder."""
     shards.remove_strays(directory)
     units = plan_units(split, getattr(cfg.data, split), cfg.data.unit_mb)
-    missing = tuple(unit for unit in units if shards.read_unit(directory, unit.index) is None)
-    job = Job(directory, cfg.model, cfg.data, missing)
+    there = shards.read_units(directory, range(len(units)))
+    missing = tuple(unit for unit in units if unit.index not in there)
+    job = Job(directory, cfg.model, cfg.data, missing, credentials())
     if missing:
         finished = _pack_through_ray(job) if use_ray else _pack_here(job, make_encoder(cfg.data, tokenizer))
         try:
@@ -164,7 +173,7 @@ def _fill(cfg: SftRun, split: str, key: str, directory: Path, tokenizer: Tokeniz
                 _report(split, finished, len(units) - len(missing), len(units))
         finally:
             shards.remove_strays(directory)  # of actors that another one's error stopped
-    summaries = [_summary(directory, unit) for unit in units]
+    summaries = _summaries(directory, units)
     manifest = shards.Manifest(
         version=shards.DATA_VERSION,
         key=key,
@@ -226,13 +235,14 @@ def _pack_through_ray(job: Job) -> Generator[int, None, None]:
             yield int(row["rows_read"])
 
 
-def _summary(directory: Path, unit: Unit) -> shards.UnitSummary:
-    """The summary of a unit that some process has packed."""
-    summary = shards.read_unit(directory, unit.index)
-    if summary is None:
-        rule = f"the shards of {unit.file.name} were packed, but are not in this folder as the driver sees it"
-        raise ConfigError("data.cache_dir", str(directory.parent), rule, "Set it to a folder on storage that every node sees")
-    return summary
+def _summaries(directory: str, units: Sequence[Unit]) -> list[shards.UnitSummary]:
+    """The summaries of units that some processes have packed, in the order of the plan."""
+    there = shards.read_units(directory, range(len(units)))
+    for unit in units:
+        if unit.index not in there:
+            rule = f"the shards of {store.name_of(unit.file)} were packed, but are not in this folder as the driver sees it"
+            raise ConfigError("data.cache_dir", directory, rule, "Set it to a folder on storage that every node sees, or to s3://")
+    return [there[unit.index] for unit in units]
 
 
 def _documents(unit: Unit, encoder: Encoder, outcomes: Counter[str | None]) -> Iterator[Document]:

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, islice
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from rayft.data.shards import Columns, read_manifest, read_shard
+from rayft.data.store import Location
 from rayft.types import Batch
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ class Reader:
         DataError: the folder has no manifest, or (when it is read) a shard is not what was written.
     """
 
-    def __init__(self, directory: Path, *, seed: int, shuffle: bool, window: int) -> None:
+    def __init__(self, directory: Location, *, seed: int, shuffle: bool, window: int) -> None:
         manifest = read_manifest(directory)
         self.seq_len = manifest.seq_len
         self.num_rows = manifest.totals["rows"]

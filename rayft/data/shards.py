@@ -1,7 +1,7 @@
 """Packed rows on disk: their schema, their key, and the order of writes that makes a half-written folder harmless.
 
-A folder holds the shards of one split. Every file appears by rename, in this order: a unit's shards, the unit's sidecar
-(its commit mark), and, when all units are there, `manifest.json`. Bytes depend on the data, the settings in the key and
+A folder, by path or URL, holds the shards of one split. Every file appears in one piece, in this order: a unit's shards, the
+unit's sidecar (its commit mark), and, when all units are there, `manifest.json`. Bytes depend on the data, the settings in the key and
 the version of pyarrow only.
 """
 
@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from rayft.data import store
 from rayft.data.sources import resolve_files
+from rayft.data.store import Location, committed_file
 from rayft.errors import DataError
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def shard_key(cfg: SftRun, split: Literal["train", "eval"], fingerprint: str) ->
         "version": DATA_VERSION,
         "data": cfg.data.model_dump(mode="json", exclude=NOT_IN_KEY),
         "datasets": [
-            [name, dataset.model_dump(mode="json", exclude={"path"}), [_identity(file) for file in resolve_files(name, dataset, split)]]
+            [name, dataset.model_dump(mode="json", exclude={"path"}), [identity(file) for file in resolve_files(name, dataset, split)]]
             for name, dataset in datasets.items()
         ],
         "tokenizer": fingerprint,
@@ -171,38 +171,28 @@ def shard_key(cfg: SftRun, split: Literal["train", "eval"], fingerprint: str) ->
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _identity(file: Path) -> list[str | int]:
-    """What tells a version of a file from another, without reading all of a large one."""
-    stat = file.stat()
-    with file.open("rb") as stream:
+def identity(file: str) -> list[str | int]:
+    """What tells a version of a file from another, without reading all of a large one; of an object, what the store says of it."""
+    if store.is_url(file):
+        return [store.name_of(file), store.size(file), store.version(file)]
+    stat = os.stat(file)
+    with open(file, "rb") as stream:
         if stat.st_size <= WHOLE_FILE:
-            return [file.name, stat.st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
+            return [store.name_of(file), stat.st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
         digest = hashlib.sha256(stream.read(ENDS))
         stream.seek(-ENDS, os.SEEK_END)
         digest.update(stream.read(ENDS))
-    return [file.name, stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
+    return [store.name_of(file), stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
 
 
-@contextmanager
-def committed_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the block ends well and vanishes when it does not."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def remove_strays(directory: Location) -> None:
+    """Delete the temporary files that a killed writer left; on a store it leaves none."""
+    if not store.is_url(directory):
+        for temporary in Path(directory).glob(".*.tmp"):
+            temporary.unlink(missing_ok=True)
 
 
-def remove_strays(directory: Path) -> None:
-    """Delete the temporary files that a killed writer left."""
-    for temporary in directory.glob(".*.tmp"):
-        temporary.unlink(missing_ok=True)
-
-
-def write_shard(path: Path, rows: Sequence[Sequence[Document]], *, source_id: int, seq_len: int, pad_id: int) -> Shard:
+def write_shard(path: Location, rows: Sequence[Sequence[Document]], *, source_id: int, seq_len: int, pad_id: int) -> Shard:
     """Write rows of documents as a shard.
 
     A short row is filled with `pad_id` at weight 0, and the filling belongs to its last document, so that a row of one
@@ -231,23 +221,24 @@ def write_shard(path: Path, rows: Sequence[Sequence[Document]], *, source_id: in
     ]
     with committed_file(path) as temporary:
         pq.write_table(pa.table(columns, schema=layout), temporary, compression="zstd", compression_level=3, version="2.6")
-        with temporary.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        size = temporary.stat().st_size
-    counts = [len(documents) for documents in rows]
-    return Shard(path.name, len(rows), sum(counts), sum(num_tokens), int(np.count_nonzero(loss_weights)), max(counts), size, digest)
+        digest, size = store.file_hash(temporary), temporary.stat().st_size
+    counts, trained = [len(documents) for documents in rows], int(np.count_nonzero(loss_weights))
+    return Shard(store.name_of(path), len(rows), sum(counts), sum(num_tokens), trained, max(counts), size, digest)
 
 
-def read_shard(directory: Path, shard: Shard, seq_len: int) -> Columns:
+def read_shard(directory: Location, shard: Shard, seq_len: int) -> Columns:
     """Read and decode a shard, after checking that it is the one that was written.
 
     Raises:
         DataError: the file is missing or its content is not what the manifest says.
     """
-    verify(directory, [shard])
-    content = (directory / shard.name).read_bytes()
-    if hashlib.sha256(content).hexdigest() != shard.sha256:
-        raise _broken(directory, shard.name, "its content is not what was written")
+    try:
+        content = store.read(store.join(directory, shard.name))
+    except FileNotFoundError:
+        raise _broken(directory, shard.name, "the file is missing") from None
+    flaw = _flaw(len(content), shard)
+    if flaw is not None or hashlib.sha256(content).hexdigest() != shard.sha256:
+        raise _broken(directory, shard.name, flaw or "its content is not what was written")
     table = pq.read_table(pa.BufferReader(content), schema=schema(seq_len), use_threads=False).combine_chunks()
     column = {name: table.column(name).chunk(0) for name in table.column_names}
     return Columns(
@@ -260,55 +251,57 @@ def read_shard(directory: Path, shard: Shard, seq_len: int) -> Columns:
     )
 
 
-def is_complete(directory: Path) -> bool:
+def is_complete(directory: Location) -> bool:
     """Whether the folder has been committed."""
-    return (directory / MANIFEST).exists()
+    return store.exists(store.join(directory, MANIFEST))
 
 
-def verify(directory: Path, shards: Iterable[Shard]) -> None:
+def verify(directory: Location, shards: Iterable[Shard]) -> None:
     """Check that every shard is there in its full size; content is checked by `read_shard`, when it is read anyway.
 
     Raises:
         DataError: naming the first shard that is not.
     """
+    sizes = store.sizes(directory, "*.parquet")
     for shard in shards:
-        flaw = _flaw(directory, shard)
+        flaw = _flaw(sizes.get(shard.name), shard)
         if flaw is not None:
             raise _broken(directory, shard.name, flaw)
 
 
-def write_unit(directory: Path, summary: UnitSummary) -> None:
+def write_unit(directory: Location, summary: UnitSummary) -> None:
     """Commit a unit: write its sidecar. Its shards must be in place."""
-    with committed_file(directory / _sidecar(summary.index)) as temporary:
-        temporary.write_text(json.dumps(asdict(summary), indent=1))
+    store.write(store.join(directory, _sidecar(summary.index)), json.dumps(asdict(summary), indent=1).encode())
 
 
-def read_unit(directory: Path, index: int) -> UnitSummary | None:
-    """The summary of a committed unit; None when it was not committed or one of its shards is not in full size."""
-    path = directory / _sidecar(index)
-    if not path.exists():
-        return None
-    fields = json.loads(path.read_text())
-    summary = UnitSummary(**{**fields, "shards": tuple(Shard(**shard) for shard in fields["shards"])})
-    return None if any(_flaw(directory, shard) for shard in summary.shards) else summary
+def read_units(directory: Location, indices: Sequence[int]) -> dict[int, UnitSummary]:
+    """Index -> summary of those units that are committed and whose shards are there in full size."""
+    sizes = store.sizes(directory, "*")
+    there = [index for index in indices if _sidecar(index) in sizes]
+    texts = store.many(store.read, [store.join(directory, _sidecar(index)) for index in there])
+    found = {index: _summary(json.loads(text)) for index, text in zip(there, texts, strict=True)}
+    return {index: unit for index, unit in found.items() if not any(_flaw(sizes.get(shard.name), shard) for shard in unit.shards)}
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
+def _summary(fields: Mapping[str, Any]) -> UnitSummary:
+    return UnitSummary(**{**fields, "shards": tuple(Shard(**shard) for shard in fields["shards"])})
+
+
+def write_manifest(directory: Location, manifest: Manifest) -> None:
     """Commit the folder. Every unit must be committed."""
-    with committed_file(directory / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(asdict(manifest), indent=1))
+    store.write(store.join(directory, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Location) -> Manifest:
     """The manifest of a complete folder.
 
     Raises:
         DataError: it is missing, unreadable, or of another version.
     """
     if not is_complete(directory):
-        raise DataError(str(directory / MANIFEST), None, "the shards are not complete", "Run the command again to finish them")
+        raise DataError(store.join(directory, MANIFEST), None, "the shards are not complete", "Run the command again to finish them")
     try:
-        fields = json.loads((directory / MANIFEST).read_text())
+        fields = json.loads(store.read(store.join(directory, MANIFEST)))
         manifest = Manifest(**{**fields, "shards": tuple(Shard(**shard) for shard in fields["shards"])})
     except (ValueError, TypeError, KeyError) as error:
         raise _broken(directory, MANIFEST, f"it cannot be read ({error})") from error
@@ -321,13 +314,30 @@ def _sidecar(index: int) -> str:
     return f"{index:06d}.json"
 
 
-def _flaw(directory: Path, shard: Shard) -> str | None:
-    path = directory / shard.name
-    if not path.exists():
+def _flaw(size: int | None, shard: Shard) -> str | None:
+    if size is None:
         return "the file is missing"
-    size = path.stat().st_size
     return None if size == shard.bytes else f"it has {size} bytes instead of {shard.bytes}"
 
 
-def _broken(directory: Path, name: str, flaw: str) -> DataError:
-    return DataError(str(directory / name), None, flaw, f"Delete {directory} and run again")
+def _broken(directory: Location, name: str, flaw: str) -> DataError:
+    return DataError(store.join(directory, name), None, flaw, f"Delete {os.fspath(directory)} and run again")
+
+
+USERS = "users"
+"""Folder of a shard folder that names the runs which read it, for `rayft clean`."""
+
+
+def note_user(directory: Location, run_home: str) -> None:
+    """Leave a note that a run reads these shards."""
+    name = hashlib.sha256(run_home.encode()).hexdigest()[:16]
+    note = store.join(directory, USERS, f"{name}.json")
+    if not store.exists(note):
+        store.make_folder(store.join(directory, USERS))
+        store.write(note, json.dumps({"run": run_home}).encode())
+
+
+def users(directory: Location) -> list[str]:
+    """The runs that have read these shards, by their directories."""
+    notes = [store.join(directory, USERS, name) for name in store.sizes(store.join(directory, USERS), "*.json")]
+    return sorted(json.loads(text)["run"] for text in store.many(store.read, notes))

@@ -1,5 +1,7 @@
 """Files to rows: which files a dataset names, ranges that can be read apart, and the rows of a range, streamed.
 
+A file is an absolute path, or the URL of an object on a store.
+
 | extension | rows | place of a row | range |
 |---|---|---|---|
 | .jsonl, .ndjson | one JSON object a line | byte offset | bytes |
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import fnmatch
 import glob
 import gzip
 import io
@@ -30,6 +33,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
+from rayft.data import store
+from rayft.data.store import Location
 from rayft.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,23 +52,35 @@ PARQUET_ROWS = 256
 """Rows of a Parquet file that are held as Python objects at once."""
 
 
-def resolve_files(name: str, dataset: Dataset, split: str = "train") -> tuple[Path, ...]:
+def resolve_files(name: str, dataset: Dataset, split: str = "train") -> tuple[str, ...]:
     """The files of a dataset, absolute, sorted by name.
 
     A folder stands for every supported file below it, hidden ones left out; a glob for what it matches, where `**` is
-    any folder. Links keep their own names.
+    any folder (on a store `*` is too). Links keep their own names.
 
     Args:
         name: name of the dataset.
-        dataset: names a file, folder or glob on a local (or mounted) file system.
+        dataset: names a file, folder or glob, by path or URL.
         split: train or eval, for messages.
 
     Raises:
         DataError: nothing is found, a file is empty, or a named or matched file is of an unsupported kind.
     """
-    field, path = f"data.{split}.{name}.path", Path(dataset.path).expanduser()
-    if "://" in dataset.path:
-        raise DataError(field, dataset.path, "only local and mounted files can be read", "Copy or mount the data and name its path")
+    field = f"data.{split}.{name}.path"
+    found = _objects(dataset.path) if store.is_url(dataset.path) else _files(Path(dataset.path).expanduser())
+    if not found:
+        raise DataError(field, dataset.path, "no data file is found there", "Name an existing file, a folder or a glob")
+    for file, size in found.items():
+        if _kind(file)[0] not in EXTENSIONS:
+            rule = f"{store.name_of(file)} is not one of {', '.join(EXTENSIONS)}, plain or with {', '.join(COMPRESSIONS)}"
+            raise DataError(field, dataset.path, rule, "Convert the file, or narrow the glob")
+        if size == 0:
+            raise DataError(field, dataset.path, f"{file} is empty", "Remove the file, or write it again")
+    return tuple(sorted(found))
+
+
+def _files(path: Path) -> dict[str, int]:
+    """Absolute path -> bytes of the files that a path names."""
     if path.is_file():
         found = [path]
     elif path.is_dir():
@@ -71,18 +88,27 @@ def resolve_files(name: str, dataset: Dataset, split: str = "train") -> tuple[Pa
         found = [file for file in below if file.is_file() and _kind(file)[0] in EXTENSIONS]
     else:
         found = [Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match)]
-    if not found:
-        raise DataError(field, dataset.path, "no data file is found there", "Name an existing file, a folder or a glob")
-    for file in found:
-        if _kind(file)[0] not in EXTENSIONS:
-            rule = f"{file.name} is not one of {', '.join(EXTENSIONS)}, plain or with {', '.join(COMPRESSIONS)}"
-            raise DataError(field, dataset.path, rule, "Convert the file, or narrow the glob")
-        if file.stat().st_size == 0:
-            raise DataError(field, dataset.path, f"{file} is empty", "Remove the file, or write it again")
-    return tuple(sorted((file.absolute() for file in found), key=lambda file: file.as_posix()))
+    return {file.absolute().as_posix(): file.stat().st_size for file in found}
 
 
-def split_ranges(file: Path, target_bytes: int) -> list[Range]:
+def _objects(url: str) -> dict[str, int]:
+    """URL -> bytes of the objects that a URL names."""
+    if not glob.has_magic(url):
+        if store.exists(url):
+            return {url: store.size(url)}
+        return {store.join(url, name): size for name, size in _visible(url).items() if _kind(name)[0] in EXTENSIONS}
+    parts = url.split("/")
+    plain = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    folder, pattern = "/".join(parts[:plain]), "/".join(parts[plain:]).replace("**/", "*")
+    return {store.join(folder, name): size for name, size in _visible(folder).items() if fnmatch.fnmatchcase(name, pattern)}
+
+
+def _visible(folder: str) -> dict[str, int]:
+    """Name below a folder on a store -> bytes, hidden files and folders left out."""
+    return {name: size for name, size in store.sizes(folder).items() if not any(part.startswith(".") for part in name.split("/"))}
+
+
+def split_ranges(file: Location, target_bytes: int) -> list[Range]:
     """Ranges of a file that hold every row once and in order; nothing but the file and `target_bytes` decides them.
 
     Args:
@@ -95,11 +121,11 @@ def split_ranges(file: Path, target_bytes: int) -> list[Range]:
     extension, compression = _kind(file)
     if compression or extension not in (*LINES, ".parquet"):
         return [(0, None)]
-    starts = _row_group_starts(file, target_bytes) if extension == ".parquet" else [*range(0, file.stat().st_size, target_bytes)]
+    starts = _row_group_starts(file, target_bytes) if extension == ".parquet" else [*range(0, store.size(file), target_bytes)]
     return list(zip(starts, [*starts[1:], None], strict=True))
 
 
-def read_rows(file: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Row]]:
+def read_rows(file: Location, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Row]]:
     """(place, row) for the rows of a range, streamed. A line belongs to the range that its first byte lies in.
 
     Args:
@@ -128,31 +154,34 @@ def read_rows(file: Path, start: int = 0, stop: int | None = None) -> Iterator[t
                         yield offset, to_row(_decoded(line, offset, file), offset, file)
 
 
-def row_place(file: Path, place: int) -> str:
+def row_place(file: Location, place: int) -> str:
     """A row's place in words, from the number that `read_rows` gave."""
     return f"{file}, byte {place}" if _kind(file)[0] in LINES else f"{file}, row {place + 1}"
 
 
-def _kind(file: Path) -> tuple[str, str]:
+def _kind(file: Location) -> tuple[str, str]:
     """(extension, compression), in lower case; compression is "" without."""
-    suffixes = [suffix.lower() for suffix in file.suffixes] or [""]
+    suffixes = [suffix.lower() for suffix in Path(store.name_of(file)).suffixes] or [""]
     compression = suffixes.pop() if suffixes[-1] in COMPRESSIONS else ""
     return (suffixes[-1] if suffixes else ""), compression
 
 
-def _open(file: Path, compression: str) -> IO[bytes]:
+def _open(file: Location, compression: str) -> IO[bytes]:
     """The file's bytes, unpacked."""
+    packed = store.open_read(file)
+    if not compression:
+        return packed
     if compression == ".zst":
         import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
-    openers: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    stream: IO[bytes] = openers[compression](file, "rb")
+        return io.BufferedReader(pyarrow.input_stream(packed, compression="zstd"))
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    stream: IO[bytes] = openers[compression](packed, "rb")
     return stream
 
 
 @contextmanager
-def _damage_explained(file: Path) -> Iterator[None]:
+def _damage_explained(file: Location) -> Iterator[None]:
     """Turn what decompressors and pyarrow raise on a damaged file into a sentence."""
     from pyarrow import ArrowException
 
@@ -178,7 +207,7 @@ def _lines(stream: IO[bytes], start: int, stop: int | None) -> Iterator[tuple[in
         offset += len(line)
 
 
-def _decoded(raw: bytes, offset: int, file: Path) -> str:
+def _decoded(raw: bytes, offset: int, file: Location) -> str:
     """The text of bytes at an offset, without byte order mark."""
     try:
         text = raw.decode()
@@ -189,11 +218,11 @@ def _decoded(raw: bytes, offset: int, file: Path) -> str:
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
-def _text_row(line: str, offset: int, file: Path) -> Row:
+def _text_row(line: str, offset: int, file: Location) -> Row:
     return {"text": line.removesuffix("\n").removesuffix("\r")}
 
 
-def _json_row(line: str, offset: int, file: Path) -> Row:
+def _json_row(line: str, offset: int, file: Location) -> Row:
     try:
         row = json.loads(line)
     except ValueError as problem:
@@ -204,14 +233,14 @@ def _json_row(line: str, offset: int, file: Path) -> Row:
     return row
 
 
-def _line_place(file: Path, offset: int) -> str:
+def _line_place(file: Location, offset: int) -> str:
     """A line's number, counted only when there is an error to report, and its offset."""
     with _open(file, _kind(file)[1]) as stream:
         number = sum(1 for _ in _lines(stream, 0, offset)) + 1
     return f"{file}, line {number} (byte {offset})"
 
 
-def _json_rows(stream: IO[bytes], file: Path) -> Iterator[tuple[int, Row]]:
+def _json_rows(stream: IO[bytes], file: Location) -> Iterator[tuple[int, Row]]:
     text = _decoded(stream.read(), 0, file)
     try:
         value = json.loads(text)
@@ -231,7 +260,7 @@ def _json_rows(stream: IO[bytes], file: Path) -> Iterator[tuple[int, Row]]:
         yield index, row
 
 
-def _csv_rows(stream: IO[bytes], file: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
+def _csv_rows(stream: IO[bytes], file: Location, delimiter: str) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(2**31 - 1)  # of the process; the default of 128 KiB is too small for documents
     reader = csv.reader((_decoded(line, offset, file) for offset, line in _lines(stream, 0, None)), delimiter=delimiter, strict=True)
     records = _csv_records(reader, file)
@@ -245,7 +274,7 @@ def _csv_rows(stream: IO[bytes], file: Path, delimiter: str) -> Iterator[tuple[i
         yield index, dict(zip(header, record, strict=True))
 
 
-def _csv_records(reader: Any, file: Path) -> Iterator[list[str]]:
+def _csv_records(reader: Any, file: Location) -> Iterator[list[str]]:
     """Records that are not blank."""
     try:
         yield from filter(None, reader)
@@ -254,17 +283,21 @@ def _csv_records(reader: Any, file: Path) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _seekable(file: Path, compression: str) -> Iterator[Path | IO[bytes]]:
+def _seekable(file: Location, compression: str) -> Iterator[Location | IO[bytes]]:
     """The file itself, or its unpacked bytes in a temporary file: Parquet is read from its end."""
     if not compression:
-        yield file
+        if store.is_url(file):
+            with store.open_read(file) as stream:
+                yield stream
+        else:
+            yield file
         return
     with tempfile.TemporaryFile() as unpacked, _open(file, compression) as stream:
         shutil.copyfileobj(stream, unpacked)
         yield unpacked
 
 
-def _parquet_rows(file: Path, compression: str, start: int, stop: int | None) -> Iterator[tuple[int, Row]]:
+def _parquet_rows(file: Location, compression: str, start: int, stop: int | None) -> Iterator[tuple[int, Row]]:
     from pyarrow.parquet import ParquetFile
 
     with _seekable(file, compression) as source, ParquetFile(source) as parquet:
@@ -276,11 +309,11 @@ def _parquet_rows(file: Path, compression: str, start: int, stop: int | None) ->
                 number += 1
 
 
-def _row_group_starts(file: Path, target_bytes: int) -> list[int]:
+def _row_group_starts(file: Location, target_bytes: int) -> list[int]:
     """First row groups of ranges that reach the target with their last row group."""
     from pyarrow.parquet import ParquetFile
 
-    with _damage_explained(file), ParquetFile(file) as parquet:
+    with _damage_explained(file), _seekable(file, "") as source, ParquetFile(source) as parquet:
         metadata = parquet.metadata
     starts, size = [0], 0
     for index in range(metadata.num_row_groups):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 from rayft.config.schema import Dataset
 from rayft.data.sources import read_rows, resolve_files, split_ranges
@@ -20,7 +19,7 @@ class Unit:
         split: "train" or "eval".
         source: name of the dataset.
         source_id: place of the dataset in its split.
-        file: the file.
+        file: the file, by path or URL.
         start, stop: range in the file, in the file format's own measure; stop None is the end.
         limit: rows of the range to use, None for all.
     """
@@ -29,7 +28,7 @@ class Unit:
     split: str
     source: str
     source_id: int
-    file: Path
+    file: str
     start: int
     stop: int | None
     limit: int | None = None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 Split = Literal["train", "eval"]
 Row = dict[str, list[dict[str, str]]]
@@ -66,7 +67,29 @@ def zoo_rows(split: Split, count: int, seed: int = 0) -> list[Row]:
     return rows
 
 
-def write_rows(path: Path, rows: list[Row]) -> None:
+def guesses(count: int, seed: int = 1) -> list[Row]:
+    """Chat rows of one question, each about a zoo of its own: they teach how a guide answers, and nothing of any zoo."""
+    return [zoo_rows("train", 1, seed=seed + number)[0] for number in range(count)]
+
+
+def questions(split: Split, seed: int = 0) -> list[dict[str, Any]]:
+    """Every fact of the zoo asked in every wording of the split, with the one right answer in the column `answer`."""
+    return [
+        {
+            "messages": [{"role": "user", "content": (question := wording.format(animal))[0].upper() + question[1:]}],
+            "answer": ANSWERS[topic].format(animal, value),
+        }
+        for (animal, topic), value in facts(seed).items()
+        for wording in wordings(split, topic)
+    ]
+
+
+def knows(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
+    """1 for the right answer of a row of `questions`, else 0."""
+    return float(completion.strip() == row["answer"])
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as a .jsonl file, one row a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

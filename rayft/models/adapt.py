@@ -7,7 +7,8 @@ a resumed run, another world size or another micro-batch split drops the same va
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +55,22 @@ def adapt(module: PreTrainedModel, adapter: Adapter, seed: int) -> list[str]:
     if adapter.dropout > 0:
         _replace_dropout(module, adapter.dropout, seed)
     return targets
+
+
+@contextmanager
+def without_adapters(module: nn.Module) -> Iterator[None]:
+    """The model as it was before it was adapted, while the block runs; for forwards without gradient.
+
+    peft's own switch also turns requires_grad off and on again, which sharding must not see.
+    """
+    adapted: list[Any] = [part for part in module.modules() if hasattr(part, "_disable_adapters")]
+    for part in adapted:
+        part._disable_adapters = True
+    try:
+        yield
+    finally:
+        for part in adapted:
+            part._disable_adapters = False
 
 
 def lora_config(adapter: Adapter, targets: list[str], base: str | None = None) -> Any:

@@ -40,7 +40,7 @@ def head_options(config: Any) -> HeadOptions:
 
 
 def attach_score(module: Any, make_layout: Callable[[Batch], object], seed: int) -> None:
-    """Give a causal language model the method `score(batch, need) -> Terms`.
+    """Give a causal language model the method `score(batch, need) -> Terms`, and the temperature of need="logprobs", at first 1.
 
     Call before sharding; afterwards `register_fsdp_forward_method(module, "head_terms")` makes FSDP gather the root around it.
 
@@ -71,7 +71,7 @@ def attach_score(module: Any, make_layout: Callable[[Batch], object], seed: int)
             **batch.multimodal,
         )
         head = _trained_head(self.get_output_embeddings())
-        hidden = body.last_hidden_state[0].index_select(0, batch.trained)
+        hidden = body.last_hidden_state.squeeze(0).index_select(0, batch.trained)
         targets = batch.targets.index_select(0, batch.trained)
         bias = getattr(head, "bias", None)
         if need == "weighted_nll":
@@ -81,7 +81,8 @@ def attach_score(module: Any, make_layout: Callable[[Batch], object], seed: int)
                     hidden, head.weight, targets, weights, bias=bias, softcap=options.softcap, logit_scale=options.logit_scale
                 ),
             )
-        return token_logprobs(hidden, head.weight, targets, bias=bias, softcap=options.softcap, logit_scale=options.logit_scale)
+        scale = options.logit_scale / self.temperature
+        return token_logprobs(hidden, head.weight, targets, bias=bias, softcap=options.softcap, logit_scale=scale)
 
     def score(self: Any, batch: Batch, need: Need) -> Terms:
         keys: DropoutKeys | None = getattr(self, "dropout_keys", None)
@@ -90,6 +91,7 @@ def attach_score(module: Any, make_layout: Callable[[Batch], object], seed: int)
         terms = self.head_terms(batch, need)
         return Terms(nll_sum=terms[0]) if need == "weighted_nll" else Terms(logprobs=terms[0], entropy=terms[1])
 
+    module.temperature = 1.0
     module.head_terms = types.MethodType(head_terms, module)
     module.score = types.MethodType(score, module)
 
@@ -97,4 +99,6 @@ def attach_score(module: Any, make_layout: Callable[[Batch], object], seed: int)
 def _trained_head(head: nn.Module) -> Any:
     """The head whose weight is in use: peft keeps a trained copy beside the original under modules_to_save."""
     copies = getattr(head, "modules_to_save", None)
-    return copies["default"] if copies is not None else cast(Any, head)
+    if copies is None:
+        return head
+    return cast(Any, head).original_module if cast(Any, head).disable_adapters else copies["default"]

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from rayft.config.schema import Model
 from rayft.errors import ConfigError, DataError
+from rayft.models.hub import model_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -58,7 +59,7 @@ def read_config(model: Model) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+        return AutoConfig.from_pretrained(model_folder(model), trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError) as problem:
         reason = str(problem).strip().split("\n")[0]
         raise ConfigError(
@@ -130,11 +131,11 @@ def load_plain(model: Model, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
-        model.path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=model.trust_remote_code
+        model_folder(model), dtype=dtype, attn_implementation="sdpa", trust_remote_code=model.trust_remote_code
     ).eval()
 
 
-def materialise(module: PreTrainedModel, model: Model, seed: int, device: str) -> None:
+def materialise(module: PreTrainedModel, model: Model, seed: int, device: str, *, cpu_offload: bool = False) -> None:
     """Give every tensor its storage and value: base weights from files (or drawn), adapters drawn, buffers recomputed.
 
     Each rank reads and keeps only its own rows. Values depend on (seed, name) alone, so any world size starts equal.
@@ -143,13 +144,17 @@ def materialise(module: PreTrainedModel, model: Model, seed: int, device: str) -
         module: on the meta device, already adapted, patched and sharded.
         seed: run.seed.
         device: where tensors live, "cpu" or "cuda:N".
+        cpu_offload: parameters live on the CPU, whatever the device of buffers.
 
     Raises:
         DataError: the files lack a weight, or hold one of another shape.
     """
-    module.to_empty(device=device)
+    module.to_empty(device="cpu" if cpu_offload else device)
     module.tie_weights()
     _recompute_buffers(module)
+    if cpu_offload:
+        for part in module.modules():
+            part._buffers = {name: None if buffer is None else buffer.to(device) for name, buffer in part._buffers.items()}
     base = {name: p for name, p in module.named_parameters() if not is_adapter(name)}
     if model.init == "random":
         _draw(module, base, seed)
@@ -158,15 +163,6 @@ def materialise(module: PreTrainedModel, model: Model, seed: int, device: str) -
     for name, parameter in module.named_parameters():
         if is_adapter(name):
             _copy_rows(parameter, _drawn_adapter(name, parameter, seed))
-
-
-def model_folder(model: Model) -> str:
-    """The local folder of the model's files: the path itself, or the snapshot of a cached id."""
-    if Path(model.path).is_dir():
-        return model.path
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(model.path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"])
 
 
 def weights_identity(folder: str) -> str:

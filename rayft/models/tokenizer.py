@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from rayft.errors import DataError
+from rayft.models.hub import model_folder
 
 if TYPE_CHECKING:
     import tokenizers
@@ -26,12 +27,12 @@ log = logging.getLogger("rayft")
 def load_tokenizer(model: Model) -> Tokenizer:
     """The run's tokenizer, complete: chat template, end token and padding token are set.
 
-    Nothing is downloaded: `model.tokenizer`, or else `model.path`, is a folder or the id of one in the local cache.
+    `model.tokenizer` is a folder or the id of one in the local cache; without it, the model's own files are read.
 
     Raises:
         DataError: there is no tokenizer, it is a slow one, a token is not one of its tokens, or it has nothing to pad with.
     """
-    field, path = ("model.path", model.path) if model.tokenizer is None else ("model.tokenizer", model.tokenizer)
+    field, path = ("model.path", model_folder(model)) if model.tokenizer is None else ("model.tokenizer", model.tokenizer)
     tokenizer = _read(field, path, model.trust_remote_code)
     if model.chat_template is not None:
         tokenizer.chat_template = _template(model.chat_template)

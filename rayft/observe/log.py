@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rayft.errors import DataError
+from rayft.errors import DataError, room_for
 from rayft.observe.metrics import check_names
 
 
@@ -27,17 +27,22 @@ class MetricsLog:
         resume_step: steps done so far, of the restored checkpoint; 0 for a fresh run. Later records are dropped; one at that
             very step (its evaluation, say) stays, because the weights are the same.
 
+    Attributes:
+        reached: metric -> last step that the file had of it before it was cut back.
+
     Raises:
         DataError: the file holds a line that is not a record.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._resume_step = resume_step
-        kept = [line for line, record in _lines(path) if "event" in record or record["step"] <= resume_step]
+        self._resume_step, self._path = resume_step, path
+        found = list(_lines(path))
+        self.reached = {name: record["step"] for _, record in found for name in record if "/" in name}
+        kept = [line for line, record in found if "event" in record or record["step"] <= resume_step]
         # Always a new file: a writer of an earlier attempt that is still dying holds the old one and can no longer add to ours.
         new = path.with_name(path.name + ".new")
-        with new.open("wb") as file:
+        with room_for(path), new.open("wb") as file:
             file.writelines(line + b"\n" for line in kept)
             file.flush()
             os.fsync(file.fileno())
@@ -68,8 +73,9 @@ class MetricsLog:
         self.close()
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        with room_for(self._path):
+            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            self._file.flush()
 
 
 _NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
@@ -103,11 +109,6 @@ def starts(path: Path) -> list[dict[str, Any]]:
         DataError: the file holds a line that is not a record.
     """
     return [record for _, record in _lines(path) if "event" in record]
-
-
-def recorded(path: Path, step: int, name: str) -> bool:
-    """Whether a value of `name` is in the log for `step`."""
-    return any(record["step"] == step and name in record for record in read(path))
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from rayft.types import Batch
 
 Backend = Literal["documents", "flex"]
+
+MASK_BLOCK = 128
+"""Side of the blocks in which flex_attention skips what is masked; its own default."""
 
 
 class Layout:
@@ -47,7 +51,7 @@ class Layout:
     def block_mask(self, window: int | None) -> Any:
         """flex_attention's mask for one window size; built once per micro-batch and shared by all layers of that kind."""
         if window not in self.masks:
-            self.masks[window] = _document_mask(self.cu_seqlens, sum(self.lengths), window)
+            self.masks[window] = _document_mask(self.cu_seqlens, self.lengths, window)
         return self.masks[window]
 
 
@@ -124,7 +128,8 @@ def packed_attention(
 
 def _rows(query: Tensor, key: Tensor, value: Tensor, length: int, scaling: float | None) -> Tensor:
     """Equally long documents as a batch: plain causal SDPA."""
-    q, k, v = (x.unflatten(2, (-1, length))[0].transpose(0, 1) for x in (query, key, value))
+    # squeeze, because the backward of indexing with 0 would fill a whole tensor with zeros and copy into it
+    q, k, v = (x.squeeze(0).unflatten(1, (-1, length)).transpose(0, 1) for x in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(0, 1).flatten(1, 2)[None]
 
@@ -190,13 +195,6 @@ def _compiled_flex() -> Any:
 
 
 @functools.cache
-def _compiled_block_mask() -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    return torch.compile(create_block_mask, dynamic=False)
-
-
-@functools.cache
 def _softcap_mod(softcap: float) -> Any:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
@@ -204,13 +202,43 @@ def _softcap_mod(softcap: float) -> Any:
     return score_mod
 
 
-def _document_mask(cu_seqlens: Tensor, tokens: int, window: int | None) -> Any:
-    """Causal within a document: document ids come from the padded boundaries on the device, so shapes never change."""
-    positions = torch.arange(tokens, device=cu_seqlens.device, dtype=torch.int32)
-    document = torch.searchsorted(cu_seqlens, positions, right=True)
+def _document_mask(cu_seqlens: Tensor, lengths: tuple[int, ...], window: int | None) -> Any:
+    """flex_attention's block mask, causal within documents.
+
+    Which blocks of it are empty or full follows from the lengths on the host, in microseconds; create_block_mask would try every pair of
+    positions, and Triton does not come to an end compiling that for captured documents (torch 2.11, triton 3.6). Inside of blocks, document
+    numbers come from the padded boundaries on the device, so shapes never change.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    device, tokens = cu_seqlens.device, sum(lengths)
+    document = torch.searchsorted(cu_seqlens, torch.arange(tokens, device=device, dtype=torch.int32), right=True)
 
     def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         inside = (document[q] == document[k]) & (q >= k)
         return inside if window is None else inside & (q - k < window)
 
-    return _compiled_block_mask()(mask, None, None, tokens, tokens, device=cu_seqlens.device)
+    partly, part, fully, full = (torch.from_numpy(x).to(device, non_blocking=True)[None, None] for x in _blocks(lengths, window))
+    return BlockMask.from_kv_blocks(partly, part, fully, full, MASK_BLOCK, mask_mod=mask, seq_lengths=(tokens, tokens))
+
+
+def _blocks(lengths: tuple[int, ...], window: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Key blocks of each query block that are allowed in part, and in full: (counts [n], indices [n, n]) of either, int32.
+
+    The keys of a query reach from its lower bound, the start of its document or of its window, to itself, and lower bounds never fall. So
+    the keys of a block of queries are one interval, and full are those blocks that lie above all its lower bounds and before itself.
+    """
+    tokens = sum(lengths)
+    lower = np.repeat(np.cumsum((0, *lengths[:-1])), lengths)
+    if window is not None:
+        lower = np.maximum(lower, np.arange(tokens) + 1 - window)
+    count = -(-tokens // MASK_BLOCK)
+    row, column = np.arange(count), np.arange(count)[None]
+    first = row * MASK_BLOCK
+    lowest = lower[first] // MASK_BLOCK
+    full_from = -(-lower[np.minimum(first + MASK_BLOCK, tokens) - 1] // MASK_BLOCK)
+    partly = np.maximum(np.minimum(full_from, row) - lowest, 0)
+    part = np.where(column < partly[:, None], lowest[:, None] + column, row[:, None])
+    full = np.minimum(full_from[:, None] + column, count - 1)
+    found = (partly + 1, part, np.maximum(row - full_from, 0), full)
+    return tuple(np.ascontiguousarray(x, dtype=np.int32) for x in found)  # type: ignore[return-value]

@@ -6,12 +6,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from rayft.parallel.mesh import Mesh
 
 
-def shard(module: nn.Module, layers: nn.ModuleList, mesh: Mesh, compute: torch.dtype, reduce: torch.dtype) -> None:
+def shard(
+    module: nn.Module, layers: nn.ModuleList, mesh: Mesh, compute: torch.dtype, reduce: torch.dtype, *, cpu_offload: bool = False
+) -> None:
     """Shard in place. Gradients come out as *sums* over ranks, so that the step alone divides.
 
     The root keeps its parameters gathered after the forward, because its backward follows at once; `reshard_root` frees
@@ -23,14 +32,16 @@ def shard(module: nn.Module, layers: nn.ModuleList, mesh: Mesh, compute: torch.d
         mesh: from `build_mesh`.
         compute: type of parameters in forward and backward.
         reduce: type in which gradients are summed.
+        cpu_offload: parameters, gradients and optimizer states stay on the host, pinned where there is a GPU to copy to.
     """
-    axis = mesh.axes["dp_shard"]
+    axis = mesh.state
+    offload = CPUOffloadPolicy(pin_memory=mesh.axes.device_type == "cuda") if cpu_offload else OffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
     for layer in layers:
-        fully_shard(layer, mesh=axis, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(layer, mesh=axis, mp_policy=policy, offload_policy=offload, reshard_after_forward=True)
     # The root's inputs are a batch whose loss weights must stay float32.
     root_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
-    fully_shard(module, mesh=axis, mp_policy=root_policy, reshard_after_forward=False)
+    fully_shard(module, mesh=axis, mp_policy=root_policy, offload_policy=offload, reshard_after_forward=False)
     for part in module.modules():
         if isinstance(part, FSDPModule):
             # gloo has no pre-multiplied sum, and an averaged gradient would make the divisor wrong by the world size.
@@ -41,10 +52,12 @@ def shard(module: nn.Module, layers: nn.ModuleList, mesh: Mesh, compute: torch.d
 
 def reshard_root(module: Any) -> None:
     """Free the root's gathered parameters; needed after forwards without a backward, or a checkpoint would miss them."""
-    module.reshard()
+    if isinstance(module, FSDPModule):
+        module.reshard()
 
 
 def set_gradient_sync(module: Any, last: bool) -> None:
     """Reduce gradients over ranks only in the last micro-batch of a step."""
-    module.set_requires_gradient_sync(last)
-    module.set_is_last_backward(last)
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+        module.set_is_last_backward(last)

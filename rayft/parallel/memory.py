@@ -4,25 +4,26 @@ These moments of a step can be the highest: the loss (all activations are held, 
 last layer (activations are still held, and their first gradients appear), the end of any layer's backward (activations turn into
 gradients), and the reduction of the root's gradients (activations are gone). The plan is the highest of them.
 
-Sizes follow FSDP2 of torch 2.11 to 2.13 and the decoder layers of transformers as they are written, uncompiled. Letters:
-W workers, T tokens of a micro-batch on a worker, H hidden size, V vocabulary, c bytes of the compute type.
+Sizes follow FSDP2 of torch 2.11 to 2.13 and the decoder layers of transformers, as they are written or as inductor compiles them.
+Letters: W workers that the state is sharded over, T tokens of a micro-batch on a worker, H hidden size, V vocabulary, c bytes of
+the compute type.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
-from rayft.config.schema import Adapter, BatchShape, Model, Parallel
+import torch
+
+from rayft.config.schema import Adapter, SftRun
 from rayft.models.load import base_dtype, compute_dtype
 from rayft.observe.flops import LayerShape, ModelShape, layer_parameters, linears
-from rayft_kernels.linear_cross_entropy.op import chunk_rows
+from rayft_kernels.linear_cross_entropy.chunks import chunk_rows, weighted_nll_bytes
 
 FLOAT32 = 4
-MOMENTS = 2
-"""AdamW holds two states for each trained parameter."""
-
 RUNTIME_BYTES = {"cpu": 700 << 20, "cuda": 64 << 20}
 """Constant part. CPU: a Python process with torch, transformers and Ray (0.6 to 0.8 GB measured). GPU: workspaces of the libraries,
 inside the allocator; the CUDA context, outside of it, is not counted."""
@@ -30,10 +31,17 @@ inside the allocator; the CUDA context, outside of it, is not counted."""
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one worker by part, at the highest moment of the step."""
+    """Bytes of one worker by part, at the highest moment of the step.
+
+    Attributes:
+        moment: that moment.
+        parts: on the worker's device.
+        host: what is offloaded from a GPU, in pinned memory of its host.
+    """
 
     moment: str
     parts: dict[str, int]
+    host: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -54,35 +62,48 @@ class Weights:
         adapter: low-rank matrices.
         copied: modules that are trained in full beside the frozen original.
         head_trained: the head gets a gradient.
-        frozen_base: the model's own weights get none.
+        root: those of embedding and head that get one.
+        layers: those of each decoder layer that get one.
     """
 
     base: int
     adapter: int
     copied: int
     head_trained: bool
-    frozen_base: bool
+    root: int
+    layers: tuple[int, ...]
 
     @property
     def trained(self) -> int:
         """Parameters with a gradient."""
-        return self.adapter + self.copied if self.frozen_base else self.base
+        return self.root + sum(self.layers)
 
 
-def weights_of(shape: ModelShape, adapter: Adapter) -> Weights:
-    """What is trained. Adapters are counted on the dense linear layers, by the module names of the Llama family."""
-    if adapter.type == "none":
-        return Weights(shape.parameters, 0, 0, head_trained=True, frozen_base=False)
+def weights_of(shape: ModelShape, adapter: Adapter, unfrozen: Sequence[str] = ()) -> Weights:
+    """What is trained. Adapters and model.unfrozen are counted on the dense linear layers, by the module names of the Llama family."""
+    count = range(len(shape.layers))
     head = {"lm_head": (shape.hidden, shape.vocab), "model.embed_tokens": (shape.hidden, shape.vocab)}
-    modules = head | {
-        f"model.layers.{index}.{name}": size
-        for index, layer in enumerate(shape.layers)
-        for name, size in linears(layer, shape.hidden).items()
-    }
-    adapted = sum(adapter.r * sum(modules[name]) for name in modules if name not in head and is_target(name, adapter.targets))
-    copied = [name for name in modules if is_target(name, adapter.modules_to_save)]
-    size = sum(modules[name][0] * modules[name][1] for name in copied)
-    return Weights(shape.parameters, adapted, size, head_trained="lm_head" in copied, frozen_base=True)
+    inside = [
+        {f"model.layers.{index}.{name}": size for name, size in linears(shape.layers[index], shape.hidden).items()} for index in count
+    ]
+    if adapter.type == "lora":
+        adapted = tuple(adapter.r * sum(sum(layer[name]) for name in layer if is_target(name, adapter.targets)) for layer in inside)
+        copied = [name for name in (*head, *(name for layer in inside for name in layer)) if is_target(name, adapter.modules_to_save)]
+        sizes = head | {name: size for layer in inside for name, size in layer.items()}
+        more = sum(sizes[name][0] * sizes[name][1] for name in copied)
+        return Weights(shape.parameters, sum(adapted), more, "lm_head" in copied, more, adapted)
+    if unfrozen:
+        patterns = [re.compile(re.sub(r"\[[\d:]+\]$", "", pattern)) for pattern in unfrozen]
+
+        def chosen(sizes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+            found = {name for name in sizes if any(pattern.match(f"{name}.weight") for pattern in patterns)}
+            return {name: sizes[name][0] * sizes[name][1] for name in found}
+
+        root = chosen({name: size for name, size in head.items() if not (shape.tied and name == "lm_head")})
+        trains_head = ("model.embed_tokens" if shape.tied else "lm_head") in root
+        return Weights(shape.parameters, 0, 0, trains_head, sum(root.values()), tuple(sum(chosen(layer).values()) for layer in inside))
+    layers = tuple(layer_parameters(layer, shape.hidden) for layer in shape.layers)
+    return Weights(shape.parameters, 0, 0, True, shape.embedding_parameters, layers)
 
 
 def is_target(name: str, targets: str | Iterable[str]) -> bool:
@@ -100,104 +121,161 @@ class Sizes:
 
     Attributes:
         shape, weights, adapter: the model and what is trained of it.
-        workers: W.
+        shards: W.
+        alone: one worker, whose weights are cast (`parallel.cast`) and neither gathered nor reduced.
         tokens: T.
         compute, held, trained, reduce: bytes of a value in forward and backward, of a base weight, of a trained weight with its
             gradient and optimizer states, and of a gradient while it is summed over ranks.
-        checkpointing: decoder layers are recomputed in the backward.
+        optimizer: optim.type.
+        recompute: parallel.activation_checkpointing.
+        how: what decoder layers run on.
+        state_away, activations_away: offloaded from a GPU.
         accumulating: a worker runs several micro-batches in a step.
     """
 
     shape: ModelShape
     weights: Weights
     adapter: Adapter
-    workers: int
+    shards: int
+    alone: bool
     tokens: int
     compute: int
     held: int
     trained: int
     reduce: int
-    checkpointing: bool
+    optimizer: str
+    recompute: Literal["none", "selective", "full"]
+    how: How
+    state_away: bool
+    activations_away: bool
     accumulating: bool
 
-    @property
-    def largest(self) -> LayerShape:
-        """The decoder layer with the most weights."""
-        return max(self.shape.layers, key=lambda layer: layer_parameters(layer, self.shape.hidden))
+    def gathered(self, layers: Sequence[LayerShape]) -> int:
+        """Bytes of embedding and head, which stay gathered from forward to backward, and of some layers, gathered for compute."""
+        root = self.shape.embedding_parameters + self.weights.copied
+        sizes = [layer_parameters(layer, self.shape.hidden) for layer in layers]
+        if self.alone:
+            adapters = self.weights.root + sum(self.weights.layers) if self.trained != self.compute else 0
+            return self.compute * (adapters if self.held == self.compute else root + sum(sizes))
+        arriving = self.held * max(sizes) // self.shards if self.state_away and sizes else 0
+        return self.compute * (root + sum(sizes)) + arriving
 
-    @property
-    def gathered_layer(self) -> int:
-        """Bytes of that layer's weights, gathered for compute."""
-        return self.compute * layer_parameters(self.largest, self.shape.hidden)
+    def above(self, index: int) -> Sequence[LayerShape]:
+        """Layers whose weights are gathered or cast in the backward of layer `index`."""
+        layers = self.shape.layers
+        if self.alone and self.recompute == "none":
+            return layers[: index + 1]
+        return layers[max(index - 1, 0) : index + 1] if self.shards > 1 else layers[index : index + 1]
 
-    @property
-    def gathered_root(self) -> int:
-        """Bytes of embedding and head, gathered for compute; they stay so from forward to backward."""
-        return self.compute * (self.shape.embedding_parameters + self.weights.copied)
+    def summed(self, weights: int) -> int:
+        """Bytes of the buffer in which gradients are summed over ranks."""
+        return 0 if self.alone else self.reduce * weights
 
-    def trained_in(self, layer: LayerShape) -> int:
-        """Trained weights of a decoder layer."""
-        if self.weights.frozen_base:
-            return self.weights.adapter // len(self.shape.layers)
-        return layer_parameters(layer, self.shape.hidden)
+    def reduced(self, weights: int) -> int:
+        """Bytes of gradients that are summed over ranks already, and sharded."""
+        return 0 if self.state_away else self.trained * weights // self.shards
 
-    @property
-    def trained_root(self) -> int:
-        """Trained weights of embedding and head."""
-        return self.weights.copied if self.weights.frozen_base else self.shape.embedding_parameters
+    def waiting(self, weights: int) -> int:
+        """Bytes of gradients of earlier micro-batches: reduced with the last one only, until then whole on every worker."""
+        return (self.trained if self.alone else self.reduce) * weights if self.accumulating else 0
+
+    def inside(self, layer: LayerShape) -> int:
+        """Bytes per token that autograd keeps of a layer that is not checkpointed."""
+        return layer_activations(layer, self.shape.hidden, self.compute, self.adapter, self.how)
+
+    def kept(self, layer: LayerShape) -> int:
+        """Bytes per token that stay of a layer from its forward to its backward."""
+        if self.recompute == "none":
+            return self.inside(layer)
+        copied = 0 if self.how.gpu else self.compute * layer.heads * layer.head_dim
+        attention = attention_activations(layer, self.compute) + copied if self.recompute == "selective" else 0
+        return self.compute * self.shape.hidden + attention
+
+    def recomputed(self, layer: LayerShape) -> int:
+        """Bytes per token that come anew in the layer's backward."""
+        if self.recompute == "none":
+            return 0
+        return self.inside(layer) - (attention_activations(layer, self.compute) if self.recompute == "selective" else 0)
+
+    def here(self, index: int, *, ended: bool = False) -> int:
+        """Bytes of what layers keep, on the device, in the backward of layer `index` or, when that has `ended`, after it."""
+        layers = self.shape.layers
+        first = 0 if not self.activations_away else index if index == len(layers) - 1 else max(index - 1, 0)
+        return self.tokens * sum(self.kept(layer) for layer in layers[first : index if ended else index + 1])
 
 
-def estimate(
-    shape: ModelShape, *, seq_len: int, batch: BatchShape, parallel: Parallel, adapter: Adapter, model: Model, device: str
-) -> MemoryPlan:
+def estimate(shape: ModelShape, cfg: SftRun, device: str) -> MemoryPlan:
     """The plan of one worker.
 
     Args:
         shape: of the model, by `observe.flops.shape_of`.
-        seq_len: data.seq_len.
-        batch, parallel, adapter, model: sections of the run.
+        cfg: the run, its batch.micro_rows a number.
         device: "cpu" or "cuda".
     """
-    weights = weights_of(shape, adapter)
-    held = base_dtype(model, frozen=weights.frozen_base, device_type=device).itemsize
+    batch, parallel, gpu, frozen = cfg.batch, cfg.parallel, device == "cuda", cfg.adapter.type != "none"
+    assert batch.micro_rows != "auto"
+    held = base_dtype(cfg.model, frozen=frozen, device_type=device).itemsize
     sizes = Sizes(
         shape,
-        weights,
-        adapter,
-        workers=parallel.workers,
-        tokens=batch.micro_rows * seq_len,
-        compute=compute_dtype(model, device).itemsize,
+        weights_of(shape, cfg.adapter, cfg.model.unfrozen),
+        cfg.adapter,
+        shards=parallel.workers // parallel.replicas,
+        alone=parallel.workers == 1 and not (parallel.cpu_offload and gpu),
+        tokens=batch.micro_rows * cfg.data.seq_len,
+        compute=compute_dtype(cfg.model, device).itemsize,
         held=held,
-        trained=FLOAT32 if weights.frozen_base else held,
-        reduce=2 if model.reduce_dtype == "bfloat16" else FLOAT32,
-        checkpointing=parallel.activation_checkpointing,
+        trained=FLOAT32 if frozen else held,
+        reduce=2 if cfg.model.reduce_dtype == "bfloat16" else FLOAT32,
+        optimizer=cfg.optim.type,
+        recompute=parallel.activation_checkpointing,
+        how=how_of(cfg, device),
+        state_away=parallel.cpu_offload and gpu,
+        activations_away=parallel.activation_offload and gpu,
         accumulating=batch.rows > batch.micro_rows * parallel.workers,
     )
-    plans = (MemoryPlan(moment, _state(sizes, device) | parts) for moment, parts in _moments(sizes))
+    state, host = _state(sizes), _host(sizes)
+    fixed = {"runtime": RUNTIME_BYTES[device]} if sizes.state_away else state | {"runtime": RUNTIME_BYTES[device]}
+    plans = (MemoryPlan(moment, fixed | parts, host) for moment, parts in _moments(sizes))
     return max(plans, key=lambda plan: plan.total)
 
 
-def _state(s: Sizes, device: str) -> dict[str, int]:
+def _state(s: Sizes) -> dict[str, int]:
     """What is there at every moment."""
     return {
-        "parameters": (s.held * s.weights.base + s.trained * (s.weights.adapter + s.weights.copied)) // s.workers,
-        "optimizer states": MOMENTS * s.trained * s.weights.trained // s.workers,
-        "runtime": RUNTIME_BYTES[device],
+        "parameters": (s.held * s.weights.base + s.trained * (s.weights.adapter + s.weights.copied)) // s.shards,
+        "optimizer states": _optimizer_states(s) // s.shards,
     }
 
 
-def _accumulated(s: Sizes) -> int:
-    """Gradients of earlier micro-batches: reduced with the last one only, until then whole on every worker."""
-    return s.reduce * s.weights.trained if s.accumulating else 0
+def _optimizer_states(s: Sizes) -> int:
+    """Of all shards together: AdamW has two for each weight, of 8 bits each with a float32 scale for 256 of them where it is told so;
+    Muon one for those of matrices in layers; Adafactor one for a matrix's row and column."""
+    weights = s.weights.trained
+    match s.optimizer:
+        case "adamw8bit":
+            return 2 * (weights + FLOAT32 * weights // 256)
+        case "muon":
+            return s.trained * (sum(s.weights.layers) + 2 * s.weights.root)
+        case "adafactor":
+            return 2 * s.trained * weights // s.shape.hidden
+        case _:
+            return 2 * s.trained * weights
+
+
+def _host(s: Sizes) -> dict[str, int]:
+    """What is offloaded: the state with its gradients, and what all layers but the last keep."""
+    state = _state(s) | {"gradients": s.trained * s.weights.trained // s.shards} if s.state_away else {}
+    return state | ({"activations": s.tokens * sum(s.kept(layer) for layer in s.shape.layers[:-1])} if s.activations_away else {})
 
 
 def _at_loss(s: Sizes) -> dict[str, int]:
-    """In the head; with several workers, the buffer that the last layer was gathered in outlives its forward."""
+    """In the head; with several shards, the buffer that the last layer was gathered in outlives its forward."""
+    last = len(s.shape.layers) - 1
     return {
-        "gradients": _accumulated(s),
-        "gathered weights": s.gathered_root + (s.gathered_layer if s.workers > 1 else 0),
-        "activations": saved_activations(s.shape, s.tokens, s.compute, s.adapter, checkpointing=s.checkpointing),
-        "loss": loss_bytes(s.shape, s.tokens, s.compute, head_trained=s.weights.head_trained),
+        "gradients": s.waiting(s.weights.trained),
+        "gathered weights": s.gathered(s.shape.layers[-1:] if s.shards > 1 else s.above(last) if s.alone and s.recompute == "none" else ()),
+        "activations": s.here(last) + s.tokens * _norm(s.shape.hidden, s.compute, s.adapter),
+        "loss": loss_bytes(s.shape, s.tokens, s.compute, head_trained=s.weights.head_trained, gpu=s.how.gpu),
     }
 
 
@@ -206,82 +284,123 @@ def _head_gradient(s: Sizes) -> int:
     return s.compute * s.shape.hidden * s.shape.vocab if s.weights.head_trained else 0
 
 
-def _at_backward(s: Sizes) -> dict[str, int]:
-    """In the MLP of the last layer, with its weights and, with several workers, those of the one before it, which come early."""
-    saved = saved_activations(s.shape, s.tokens, s.compute, s.adapter, checkpointing=s.checkpointing)
-    recomputed = s.tokens * layer_activations(s.largest, s.shape.hidden, s.compute, s.adapter) if s.checkpointing else 0
+def _at_update(s: Sizes) -> dict[str, int]:
+    """In the optimizer: Adafactor holds two values for each weight of the largest tensor, Muon a gathered matrix four times."""
+    layers = [inputs * outputs for layer in s.shape.layers for inputs, outputs in linears(layer, s.shape.hidden).values()]
+    largest = max(layers) if not s.weights.root else max(*layers, s.shape.hidden * s.shape.vocab)
+    temporary = {"adafactor": 2 * s.trained * largest // s.shards, "muon": 4 * s.compute * max(layers)}.get(s.optimizer, 0)
+    return {"gradients": s.reduced(s.weights.trained), "update": 0 if s.state_away else temporary}
+
+
+def _at_backward(s: Sizes, index: int) -> dict[str, int]:
+    """In the MLP of layer `index`, with its weights and, with several shards, those of the one before it, which come early."""
+    layers = s.shape.layers
+    layer, later = layers[index], layers[index + 1 :]
+    reduced = sum(s.weights.layers[index + 1 :])
+    final = s.tokens * _norm(s.shape.hidden, s.compute, s.adapter) if not later else 0
     return {
-        "gradients": _accumulated(s),
-        "gathered weights": s.gathered_root + min(s.workers, 2) * s.gathered_layer,
-        "activations": saved + recomputed,
-        "gradients in flight": _head_gradient(s) + _activation_gradients(s.largest, s.shape.hidden, s.tokens, s.compute),
+        "gradients": s.reduced(reduced) + s.waiting(s.weights.trained - reduced),
+        "gathered weights": s.gathered(s.above(index)),
+        "activations": s.here(index) + s.tokens * s.recomputed(layer) + final,
+        # The buffer in which the gradient of the layer above is summed.
+        "gradients in flight": _head_gradient(s)
+        + _activation_gradients(layer, s.shape.hidden, s.tokens, s.compute)
+        + s.summed(sum(s.weights.layers[index + 1 : index + 2])),
     }
 
 
 def _at_layer_end(s: Sizes, index: int) -> dict[str, int]:
     """At the end of the backward of layer `index`: its own values are gone, and the gradients of later layers are reduced."""
-    layer, hidden = s.shape.layers[index], s.shape.hidden
-    earlier, later = s.shape.layers[:index], s.shape.layers[index + 1 :]
-    values = s.compute * hidden * index if s.checkpointing else sum(layer_activations(x, hidden, s.compute, s.adapter) for x in earlier)
-    reduced = sum(s.trained_in(x) for x in later)
-    weights, early = (s.compute * layer_parameters(x, hidden) for x in (layer, earlier[-1] if earlier else layer))
+    layers = s.shape.layers
+    layer, later = layers[index], layers[index + 1 :]
+    reduced = sum(s.weights.layers[index + 1 :])
+    own = s.weights.layers[index]
+    weights = s.compute * layer_parameters(layer, s.shape.hidden)
     # The buffer that the gradient of the layer above was summed in; the last layer gives up its weights before it fills its own.
-    summed = s.reduce * s.trained_in(later[0]) if later else max(s.reduce * s.trained_in(layer) - weights, 0)
+    summed = s.summed(sum(s.weights.layers[index + 1 : index + 2])) if later else max(s.summed(own) - weights, 0)
     return {
-        "gradients": s.trained * reduced // s.workers + (s.reduce * (s.weights.trained - reduced) if s.accumulating else 0),
-        "gathered weights": s.gathered_root + weights + (early if s.workers > 1 and earlier else 0),
-        "activations": s.tokens * values,
-        "gradients in flight": _head_gradient(s) + s.compute * s.trained_in(layer) + summed,
+        "gradients": s.reduced(reduced) + s.waiting(s.weights.trained - reduced),
+        "gathered weights": s.gathered(s.above(index)),
+        "activations": s.here(index, ended=True),
+        "gradients in flight": _head_gradient(s) + s.compute * own + summed,
     }
 
 
 def _at_root(s: Sizes) -> dict[str, int]:
     """When the root's gradient is there as computed, in the buffer that is summed, and as accumulated; layers are reduced."""
-    root = (s.compute + s.reduce + (s.reduce if s.accumulating else 0)) * s.trained_root
+    twice = not s.alone or s.shape.tied or s.trained != s.compute  # else gradients are what the backward made
+    root = (s.compute if twice else 0) * s.weights.root + s.summed(s.weights.root) * (2 if s.accumulating else 1)
     return {
-        "gradients": s.trained * s.weights.trained // s.workers,
-        "gathered weights": s.gathered_root,
-        "gradients in flight": root + s.reduce * s.trained_in(s.shape.layers[0]),
+        "gradients": s.reduced(s.weights.trained),
+        "gathered weights": s.gathered(()),
+        "gradients in flight": root + s.summed(s.weights.layers[0]) + (s.reduce * s.weights.root // s.shards if s.state_away else 0),
     }
 
 
 def _moments(s: Sizes) -> Iterator[tuple[str, dict[str, int]]]:
     yield "loss", _at_loss(s)
-    yield "backward of the last layer", _at_backward(s)
     for index in range(len(s.shape.layers)):
+        yield f"backward of layer {index}", _at_backward(s, index)
         yield f"end of the backward of layer {index}", _at_layer_end(s, index)
     yield "reduction of the root", _at_root(s)
+    yield "update", _at_update(s)
 
 
-def saved_activations(shape: ModelShape, tokens: int, compute: int, adapter: Adapter, *, checkpointing: bool) -> int:
-    """Bytes that the forward keeps for the backward: decoder layers, or only their inputs, and the final norm."""
-    hidden = shape.hidden
-    if checkpointing:
-        layers = compute * hidden * len(shape.layers)
-    else:
-        layers = sum(layer_activations(layer, hidden, compute, adapter) for layer in shape.layers)
-    return tokens * (layers + _norm(hidden, compute, adapter))
+@dataclass(frozen=True)
+class How:
+    """What decoder layers run on.
+
+    Attributes:
+        gpu: attention gives its output in the layout that its reader takes; a CPU's is copied.
+        compiled: by inductor, whose backward makes elementwise values again unless a matrix product reads them.
+        lora, norm_rope, glu: the fused operations of `rayft_kernels`.
+    """
+
+    gpu: bool
+    compiled: bool = False
+    lora: bool = False
+    norm_rope: bool = False
+    glu: bool = False
 
 
-def layer_activations(layer: LayerShape, hidden: int, compute: int, adapter: Adapter) -> int:
+def how_of(cfg: SftRun, device: str) -> How:
+    """What the decoder layers of a family that can have every fused operation run on."""
+
+    def used(setting: str) -> bool:
+        return setting == "on" or (setting == "auto" and device == "cuda")
+
+    kernels, lora = cfg.kernels, cfg.adapter.type == "lora" and used(cfg.kernels.lora)
+    return How(device == "cuda", cfg.parallel.compile, lora, used(kernels.norm_rope), used(kernels.glu) and not lora)
+
+
+def layer_activations(layer: LayerShape, hidden: int, compute: int, adapter: Adapter, how: How) -> int:
     """Bytes per token that autograd keeps of one decoder layer.
 
-    Attention keeps queries, keys, values and its output, which is copied once more to [T, heads * head_dim]; its scores are never
-    kept. A linear layer keeps its input when its weight or an adapter on it is trained; behind dropout the adapter keeps another.
+    A linear layer keeps its input when its weight or an adapter on it is trained; behind dropout the adapter keeps another.
     """
     queries, keys = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-    norms = layer.norms * _norm(hidden, compute, adapter)
-    if layer.qk_norm:
-        norms += _norm(queries, compute, adapter) + _norm(keys, compute, adapter)
-    # Norm outputs are the inputs of q, k, v and of gate, up; a norm over queries or keys gives what attention keeps anyway.
-    attention = 2 * compute * (queries + keys) + FLOAT32 * layer.heads
-    kept = {"self_attn.q_proj": hidden, "self_attn.o_proj": queries, "mlp.up_proj": hidden, "mlp.down_proj": layer.mlp}
     sizes = linears(layer, hidden)
-    inputs = compute * sum(size for name, size in kept.items() if name in sizes and _keeps_input(name, adapter))
-    # The gate before and after its activation, and what it multiplies; without a gate, the value before its activation.
-    inner = compute * (3 if layer.gated else 1) * layer.mlp
-    ranks = _adapter_activations(sizes, compute, adapter)
-    return norms + attention + inputs + inner + ranks + layer.active * _expert(layer, hidden, compute)
+    # Compiled layers keep the residual stream before each norm, and what matrix products of the backward read; nothing else.
+    norms = 2 * compute * hidden if how.compiled else layer.norms * _norm(hidden, compute, adapter)
+    if layer.qk_norm:
+        low = how.compiled or how.norm_rope
+        norms += compute * (queries + keys) if low else _norm(queries, compute, adapter) + _norm(keys, compute, adapter)
+    # Norm outputs are the inputs of q, k, v and of gate, up; a norm over queries or keys gives what attention keeps anyway.
+    kept = {"self_attn.q_proj": hidden, "self_attn.o_proj": 0 if how.gpu else queries, "mlp.up_proj": hidden, "mlp.down_proj": layer.mlp}
+    if how.lora:
+        kept["mlp.down_proj"] = 0
+        kept["mlp.up_proj"] = 0 if how.compiled else hidden
+    inputs = compute * sum(size for name, size in kept.items() if name in sizes and (how.lora or _keeps_input(name, adapter)))
+    # The gate before and, unless fused, after its activation, and what it multiplies; without a gate, the value before its activation.
+    halves = 2 if how.compiled or how.lora or how.glu else 3
+    inner = compute * (halves if layer.gated else 1) * layer.mlp
+    ranks = _adapter_activations(sizes, compute, adapter, masks=not how.lora)
+    return norms + attention_activations(layer, compute) + inputs + inner + ranks + layer.active * _expert(layer, hidden, compute)
+
+
+def attention_activations(layer: LayerShape, compute: int) -> int:
+    """Bytes per token of attention alone: queries, keys, values, output, and a statistic a head; scores are never kept."""
+    return 2 * compute * (layer.heads + layer.kv_heads) * layer.head_dim + FLOAT32 * layer.heads
 
 
 def _norm(size: int, compute: int, adapter: Adapter) -> int:
@@ -299,12 +418,12 @@ def _keeps_input(name: str, adapter: Adapter) -> bool:
     return adapter.dropout == 0 and any(is_target(f"model.layers.0.{reader}", adapter.targets) for reader in readers)
 
 
-def _adapter_activations(sizes: dict[str, tuple[int, int]], compute: int, adapter: Adapter) -> int:
-    """Per token: the value between the two low-rank matrices, and with dropout its mask and what it lets through."""
+def _adapter_activations(sizes: dict[str, tuple[int, int]], compute: int, adapter: Adapter, *, masks: bool) -> int:
+    """Per token: the value between the two low-rank matrices, and with dropout, unless fused, its mask and what it lets through."""
     if adapter.type == "none":
         return 0
     adapted = [inputs for name, (inputs, _) in sizes.items() if is_target(f"model.layers.0.{name}", adapter.targets)]
-    dropout = (1 + compute) * sum(adapted) if adapter.dropout > 0 else 0
+    dropout = (1 + compute) * sum(adapted) if masks and adapter.dropout > 0 else 0
     return compute * adapter.r * len(adapted) + dropout
 
 
@@ -318,12 +437,18 @@ def _activation_gradients(layer: LayerShape, hidden: int, tokens: int, compute: 
     return compute * tokens * (3 * (layer.mlp + layer.active * layer.expert_width) + 2 * hidden)
 
 
-def loss_bytes(shape: ModelShape, tokens: int, compute: int, *, head_trained: bool) -> int:
+def loss_bytes(shape: ModelShape, tokens: int, compute: int, *, head_trained: bool, gpu: bool) -> int:
     """Bytes of the head operation, all tokens being trained: their hidden states and gradients, logits of a chunk, head gradient."""
     rows = 2 * compute * tokens * shape.hidden
-    logits = FLOAT32 * shape.vocab * chunk_rows(tokens, shape.vocab) * (2 if shape.softcap else 1)
     head = shape.hidden * shape.vocab if head_trained else 0
-    # Beside the logits, first the temporary of logsumexp; then their gradient in compute precision, with this chunk's part of the
-    # head's gradient. The sum of those parts is float32.
+    if gpu and not shape.softcap:
+        dtype = torch.bfloat16 if compute < FLOAT32 else torch.float32
+        inside = weighted_nll_bytes(tokens, shape.hidden, shape.vocab, dtype, head_trained=head_trained)
+        return rows + max(inside, (FLOAT32 + compute) * head)  # the sum of the head's gradient is rounded after the chunks are gone
+    chunk = chunk_rows(tokens, shape.vocab)
+    logits = FLOAT32 * shape.vocab * chunk * (2 if shape.softcap else 1)
+    # Beside the logits, first the temporary of logsumexp; then their gradient in compute precision and, for the head's gradient, in
+    # float32 again with this chunk's part. The sum of those parts is float32.
     rounded = logits * compute // FLOAT32 if compute < FLOAT32 else 0
-    return rows + logits + max(logits, rounded + compute * head) + FLOAT32 * head
+    widened = logits + FLOAT32 * chunk * shape.hidden if rounded and head_trained else 0
+    return rows + logits + max(logits, rounded + widened + FLOAT32 * head) + FLOAT32 * head

@@ -9,12 +9,15 @@ import torch
 from rayft.config.schema import Parallel
 from rayft.models.load import layers_of
 from rayft.parallel import activation, fsdp
+from rayft.parallel.cast import in_type
 from rayft.parallel.mesh import Mesh
 from rayft.types import ModelSpec
 
 
 def parallelize(module: Any, spec: ModelSpec, parallel: Parallel, mesh: Mesh, compute: torch.dtype, reduce: torch.dtype) -> None:
-    """Compile, then checkpointing around it, then FSDP2. Tensor and pipeline parallelism would come first.
+    """Compile, then checkpointing and offloading around it, then FSDP2. Tensor and pipeline parallelism would come first.
+
+    A single rank has nothing to shard: its weights are cast inside of checkpointing instead (`cast`), unless the host is to hold them.
 
     Args:
         module: on the meta device, adapted and patched, with `head_terms` attached.
@@ -24,5 +27,16 @@ def parallelize(module: Any, spec: ModelSpec, parallel: Parallel, mesh: Mesh, co
         compute, reduce: precisions.
     """
     layers = layers_of(module, spec.layers)
-    activation.wrap_layers(layers, compile_layers=parallel.compile, recompute=parallel.activation_checkpointing)
-    fsdp.shard(module, layers, mesh, compute, reduce)
+    alone = mesh.batch.size() == 1 and not (parallel.cpu_offload and mesh.axes.device_type == "cuda")
+    activation.wrap_layers(
+        layers,
+        compile_layers=parallel.compile,
+        recompute=parallel.activation_checkpointing,
+        offload=parallel.activation_offload,
+        cast=compute if alone else None,
+    )
+    if alone:
+        inner = {part for layer in layers for part in layer.modules()}
+        module.head_terms = in_type(module.head_terms, (part for part in module.modules() if part not in inner), compute)
+    else:
+        fsdp.shard(module, layers, mesh, compute, reduce, cpu_offload=parallel.cpu_offload)

@@ -17,6 +17,7 @@ from rayft.errors import TrainingError
 from rayft.models.adapt import match_targets
 from rayft.models.load import compute_dtype, config_of, load_plain
 from rayft.models.tokenizer import load_tokenizer
+from rayft.parallel import fsdp
 from rayft.parallel.attention import choices
 from rayft.parallel.mesh import build_mesh
 from rayft.train.build import build_model
@@ -91,7 +92,7 @@ def _scores(model: Any, batch: Batch) -> Tensor:
     model.eval()
     with torch.no_grad():
         logprobs = model.score(batch, "logprobs").logprobs
-    model.reshard()
+    fsdp.reshard_root(model)
     assert isinstance(logprobs, Tensor)
     return logprobs.float().cpu()
 

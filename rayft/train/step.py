@@ -14,7 +14,9 @@ from rayft.parallel.mesh import Mesh
 from rayft.types import Batch, LossFn, Metrics, Need
 
 
-def forward_backward(parts: Sequence[Any], batches: Sequence[Batch], loss_fn: LossFn, need: Need, mesh: Mesh) -> tuple[Metrics, Tensor]:
+def forward_backward(
+    parts: Sequence[Any], batches: Sequence[Batch], loss_fn: LossFn, need: Need, mesh: Mesh, known: float | None = None
+) -> tuple[Metrics, Tensor]:
     """Accumulate the gradient of (sum of losses) / (sum of loss weights), both over all micro-batches of all ranks.
 
     Every rank must bring the same number of micro-batches; one with nothing to train on has weights 0.
@@ -25,13 +27,12 @@ def forward_backward(parts: Sequence[Any], batches: Sequence[Batch], loss_fn: Lo
         loss_fn: pure loss, a sum.
         need: which terms the loss reads.
         mesh: reductions run over its loss axis.
+        known: what to divide by in place of the sum of loss weights, the same on every rank, where the host knows it.
 
     Returns:
         (sums over all ranks by metric name: "train/loss" and what `loss_fn` reported; the divisor), all on the device.
     """
-    weights = torch.stack([batch.loss_weights.sum() for batch in batches]).sum()
-    total = reduce.sum_over(weights, mesh.loss)
-    divisor = torch.where(total > 0, total, torch.ones_like(total))
+    divisor = _sum_of_weights(batches, mesh) if known is None else torch.full((), known, device=batches[0].tokens.device)
     sums: Metrics = {}
     for index, batch in enumerate(batches):
         fsdp.set_gradient_sync(parts[-1], last=index == len(batches) - 1)
@@ -43,6 +44,13 @@ def forward_backward(parts: Sequence[Any], batches: Sequence[Batch], loss_fn: Lo
     names = list(sums)
     reduced = reduce.sum_over(torch.stack([sums[name].float() for name in names]), mesh.loss)
     return dict(zip(names, reduced.unbind(), strict=True)), divisor
+
+
+def _sum_of_weights(batches: Sequence[Batch], mesh: Mesh) -> Tensor:
+    """Over all micro-batches and ranks; 1 when there is none."""
+    weights = torch.stack([batch.loss_weights.sum() for batch in batches]).sum()
+    total = reduce.sum_over(weights, mesh.loss)
+    return torch.where(total > 0, total, torch.ones_like(total))
 
 
 def update(parts: Sequence[Any], optimizer: torch.optim.Optimizer, max_norm: float | None) -> Tensor:

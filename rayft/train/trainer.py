@@ -10,30 +10,36 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from types import TracebackType
 from typing import Any, final
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 from rayft.checkpoint import resume
 from rayft.checkpoint.sharded import Checkpointer
 from rayft.config.functions import load_function
+from rayft.config.schema import SftRun
 from rayft.data.reader import Reader, micro_batches, prefetch
 from rayft.errors import TrainingError
 from rayft.losses.supervised import first_loss_warning
 from rayft.models.load import config_of, named_trainable
-from rayft.observe.log import MetricsLog, recorded
 from rayft.observe.metrics import finish as finish_metrics
 from rayft.optim.build import build_optimizer, set_lr
+from rayft.optim.groups import embeddings_of
 from rayft.optim.schedules import lr_at, rows_of_epochs
 from rayft.parallel.mesh import build_mesh
+from rayft.parallel.reduce import read_later
 from rayft.train.build import build_model
-from rayft.train.evaluate import eval_batches, evaluate
+from rayft.train.evaluate import Evaluations
+from rayft.train.journal import Journal, from_rank_0
 from rayft.train.meter import Meter
+from rayft.train.requests import Requests
+from rayft.train.room import with_micro_rows
+from rayft.train.samples import Sampler
 from rayft.train.step import update
 from rayft.types import Batch, Callback, Launch, LossFn, Metrics, Need, Session
 
@@ -50,60 +56,78 @@ class Trainer:
         loss_fn, need: the loss of evaluations; the recipe's loop names that of training.
     """
 
-    def __init__(self, launch: Launch, session: Session, loss_fn: LossFn, need: Need) -> None:
+    def __init__(self, launch: Launch[SftRun], session: Session, loss_fn: LossFn, need: Need) -> None:
         cfg = launch.cfg
-        self.cfg, self.launch, self.session, self.loss_fn, self.need = cfg, launch, session, loss_fn, need
+        self.cfg, self.launch, self.session = cfg, launch, session
+        micro_rows = int(with_micro_rows(cfg, session).batch.micro_rows)
         self.callbacks: list[Callback] = [load_function(function) for function in launch.callbacks]
-        device_type = session.device.split(":")[0]
-        self.mesh = build_mesh(device_type, session.world_size)
+        self.mesh = build_mesh(session.device.split(":")[0], session.world_size, 1 if launch.local else cfg.parallel.replicas)
         self.parts = [build_model(cfg, session, self.mesh)]
-        named = ((name, p) for part in self.parts for name, p in named_trainable(part))
-        self.optimizer = build_optimizer(named, cfg.optim, fused=True)
+        (part,) = self.parts
+        named = named_trainable(part)
+        self.optimizer = build_optimizer(named, cfg.optim, fused=True, embeddings=embeddings_of(part), partial=part.trained_rows)
         self.checkpointer = Checkpointer(session, launch.attempt, lambda step: self.event("checkpoint_committing", step))
-        self.reader = Reader(launch.train_shards, seed=cfg.run.seed, shuffle=cfg.data.shuffle, window=cfg.data.window)
-        self.eval_reader = Reader(launch.eval_shards, seed=0, shuffle=False, window=1) if launch.eval_shards else None
-        self.meter = Meter(config_of(self.parts[0]), session, self.parts)
-        self.step = self._restore()
-        self.saved_step = self.step
-        self.log: MetricsLog | None = None
-        if session.rank == 0:
-            self.log = MetricsLog(session.run_dir / "metrics.jsonl", self.step)
-            self.log.start(launch.attempt, session.world_size)
-        self.pending: tuple[int, dict[str, Tensor], dict[str, float]] | None = None
+        reader = Reader(launch.train_shards, seed=cfg.run.seed, shuffle=cfg.data.shuffle, window=cfg.data.window)
+        self.batches = partial(
+            micro_batches,
+            reader,
+            rows=cfg.batch.rows,
+            micro_rows=micro_rows,
+            rank=session.rank,
+            world=session.world_size,
+            # By epochs the last step may be partly empty; steps given by number repeat rows.
+            limit=None if cfg.run.max_steps else rows_of_epochs(reader.num_rows, cfg.run.epochs),
+        )
+        self.evaluations = Evaluations(launch, session, loss_fn, need, self.mesh, micro_rows)
+        self.sampler = Sampler(cfg, session.device) if cfg.eval.samples.prompts else None
+        self.meter = Meter(config_of(part), session, self.parts)
+        self.step = self.saved_step = _restore(launch, session, self.checkpointer, self.parts, self.optimizer)
+        self.journal = Journal(launch, session, self.step)
+        self.requests = Requests(session, self.mesh.loss, cfg.checkpoint.trigger)
+        self.stop_asked = self.save_asked = False
+        self.pending: tuple[int, Callable[[], dict[str, float]], dict[str, float]] | None = None
 
     def __enter__(self) -> Trainer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.log is not None:
-            self.log.close()
+        self.requests.close()
+        self.journal.close()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run was asked to stop before its last step, so that it is not at its end."""
+        return self.stop_asked and self.step < self.launch.last_step
+
+    @property
+    def over(self) -> bool:
+        """Whether no step follows: the last one is done, evaluations no longer improve, or a stop was asked for."""
+        patience = self.cfg.eval.patience
+        learned = patience is not None and self.journal.best.since >= patience
+        return self.step >= self.launch.last_step or learned or self.stop_asked
 
     def steps(self) -> Iterator[tuple[int, list[Batch]]]:
-        """(step, this rank's micro-batches on its device), from the restored step to the last; then saves and evaluates."""
+        """(step, this rank's micro-batches on its device), from the restored step until `over`; then saves."""
         self.event("train_start", self.step)
         self._evaluate_if_due()
-        build = partial(
-            micro_batches,
-            self.reader,
-            rows=self.cfg.batch.rows,
-            micro_rows=self.cfg.batch.micro_rows,
-            rank=self.session.rank,
-            world=self.session.world_size,
-            limit=self._row_limit(),
-        )
-        batches = prefetch(lambda step: build(step=step), range(self.step, self.launch.last_step))
-        for step, (micro, waited) in enumerate(batches, start=self.step):
-            self.meter.start(micro, waited)
-            set_lr(self.optimizer, lr_at(step, self.launch.total_steps, self.cfg.optim))
-            yield step, [batch.to(self.session.device) for batch in micro]
+        ahead = range(self.step, self.step if self.over else self.launch.last_step)
+        with closing(prefetch(lambda step: self.batches(step=step), ahead)) as batches:
+            for step, (micro, waited) in enumerate(batches, start=self.step):
+                self.meter.start(micro, waited)
+                set_lr(self.optimizer, lr_at(step, self.launch.total_steps, self.cfg.optim))
+                yield step, [batch.to(self.session.device) for batch in micro]
+                if self.over:
+                    break
         self._flush()
+        if not self.stopped:
+            self._sample_if_due(last=True)
         if self.step > self.saved_step:
             self._save()
         self.checkpointer.wait()
         self.event("train_end", self.step)
 
     def finish(self, step: int, sums: Metrics, divisor: Tensor) -> None:
-        """Update the weights with the accumulated gradient; then log, save and evaluate what is due.
+        """Update the weights with the accumulated gradient; then log, save, evaluate and sample what is due.
 
         A step's numbers are read from the device one step later, so that logging does not hold the device up.
 
@@ -113,14 +137,17 @@ class Trainer:
         norm = update(self.parts, self.optimizer, self.cfg.optim.max_grad_norm)
         self.step = step + 1
         self._flush()
-        values = {**sums, "train/grad_norm": norm, "divisor": divisor}
-        self.pending = (self.step, values, {"train/lr": self.optimizer.param_groups[0]["lr"]} | self.meter.stop())
+        values = {**sums, "train/grad_norm": norm.to(divisor.device, non_blocking=True), "divisor": divisor, "asked": self.requests.agree()}
+        lr = lr_at(step, self.launch.total_steps, self.cfg.optim)
+        self.pending = (self.step, read_later(values), {"train/lr": lr} | self.meter.stop())
         # Before the save: callbacks have seen every step that a checkpoint covers, whatever dies in between.
         self.event("step_end", self.step, batches=self.meter.batches)
-        if self._due(self.cfg.checkpoint.every):
+        every = self.cfg.checkpoint.every
+        if self.save_asked or (every is not None and self.step % every == 0):
             self._flush()
             self._save()
         self._evaluate_if_due()
+        self._sample_if_due()
 
     def event(self, name: str, step: int, **state: Any) -> None:
         """Tell every callback.
@@ -139,41 +166,20 @@ class Trainer:
                     "Mend it or take it out, then run the same command again to resume",
                 ) from problem
 
-    def _due(self, every: int | None) -> bool:
-        return every is not None and self.step % every == 0
-
-    def _row_limit(self) -> int | None:
-        """Rows that count when the run ends by epochs: the last step may be partly empty. Steps given by number repeat rows."""
-        return None if self.cfg.run.max_steps else rows_of_epochs(self.reader.num_rows, self.cfg.run.epochs)
-
-    def _restore(self) -> int:
-        """Steps taken so far, after loading the newest committed checkpoint, the same one on every rank."""
-        found = [resume.newest(self.session.run_dir) if self.session.rank == 0 else None]
-        dist.broadcast_object_list(found, src=0)
-        restored = found[0]
-        if restored is None:
-            return 0
-        resume.refuse_other_base(restored, self.launch.identity)
-        self.checkpointer.restore(restored.directory, self.parts, self.optimizer)
-        if self.session.rank == 0:
-            log.info("resumed at step %d from %s", restored.step, restored.directory)
-        return restored.step
-
     def _flush(self) -> None:
-        """Read the pending step's numbers, refuse what is not finite, and log them."""
+        """Read the pending step's numbers, refuse what is not finite, log them, and take up what was asked of the run."""
         if self.pending is None:
             return
-        (step, tensors, host), self.pending = self.pending, None
-        values = dict(zip(tensors, torch.stack([t.double() for t in tensors.values()]).tolist(), strict=True))
-        divisor, norm = values.pop("divisor"), values.pop("train/grad_norm")
+        (step, read, host), self.pending = self.pending, None
+        values = read()
+        divisor, norm, asked = values.pop("divisor"), values.pop("train/grad_norm"), self.requests.read(values.pop("asked"))
+        self.stop_asked, self.save_asked = self.stop_asked or asked[0], self.save_asked or asked[1]
         metrics = finish_metrics(values, divisor) | {"train/grad_norm": norm} | host
-        if self.log is not None:
-            self.log.write(step, metrics)
-            if step == 1 and (
-                warning := first_loss_warning(
-                    metrics["train/loss"], config_of(self.parts[0]).vocab_size, self.cfg.model.init == "pretrained"
-                )
-            ):
+        self.journal.write(step, metrics)
+        self.event("logged", step, values=metrics)
+        if step == 1 and self.session.rank == 0:
+            vocab, pretrained = config_of(self.parts[0]).vocab_size, self.cfg.model.init == "pretrained"
+            if warning := first_loss_warning(metrics["train/loss"], vocab, pretrained):
                 log.warning(warning)
         if not (math.isfinite(metrics["train/loss"]) and math.isfinite(norm)):
             raise TrainingError(
@@ -186,27 +192,44 @@ class Trainer:
     def _save(self) -> None:
         progress = {**self.launch.identity, "total_steps": self.launch.total_steps, "rows": self.step * self.cfg.batch.rows}
         seconds = self.checkpointer.save(self.step, self.parts, self.optimizer, progress, {"step": float(self.step)})
-        self.saved_step = self.step
+        self.saved_step, self.save_asked = self.step, False
         self.meter.exclude(seconds)
-        if self.log is not None:
-            self.log.write(self.step, {"checkpoint/stage_s": seconds})
+        self.journal.write(self.step, {"checkpoint/stage_s": seconds})
 
     def _evaluate_if_due(self) -> None:
         """Evaluate after this step if configured, unless the result is already recorded (a restart between save and evaluation)."""
-        if self.eval_reader is None:
-            return
-        at_edge = self.step == self.launch.last_step or (self.step == 0 and self.cfg.eval.at_start)
-        if not (at_edge or (self.step > 0 and self._due(self.cfg.eval.every))):
-            return
-        known = [self.session.rank == 0 and recorded(self.session.run_dir / "metrics.jsonl", self.step, "eval/loss")]
-        dist.broadcast_object_list(known, src=0)
-        if known[0]:
+        if not self.evaluations.due(self.step) or self.journal.evaluated(self.step):
             return
         self._flush()
         started = time.perf_counter()
-        batches = eval_batches(self.eval_reader, self.session, self.cfg.batch.micro_rows, self.cfg.eval.max_rows)
-        loss, weights = evaluate(self.parts[0], batches, self.loss_fn, self.need, self.mesh)
+        values = self.evaluations.run(self.parts[0])
         self.meter.exclude(time.perf_counter() - started)
-        if self.log is not None:
-            self.log.write(self.step, {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/num_tokens": weights})
-        self.event("evaluated", self.step, loss=loss)
+        lowest = self.journal.add_evaluation(self.step, values, self.cfg.eval.min_delta)
+        self.event("evaluated", self.step, loss=values["eval/loss"], values=values)
+        if lowest and self.cfg.checkpoint.keep_best and self.step > self.saved_step:
+            self._save()
+
+    def _sample_if_due(self, last: bool = False) -> None:
+        """Let the model answer the prompts of eval.samples, unless this step's answers are already recorded."""
+        every = self.cfg.eval.samples.every
+        due = last or (every is not None and self.step % every == 0)
+        if self.sampler is None or not due or self.step in self.journal.sampled:
+            return
+        self._flush()
+        started = time.perf_counter()
+        prompts, texts = self.cfg.eval.samples.prompts, self.sampler.texts(self.parts[0])
+        self.meter.exclude(time.perf_counter() - started)
+        self.journal.add_samples(self.step, prompts, texts)
+        self.event("sampled", self.step, prompts=prompts, texts=texts)
+
+
+def _restore(launch: Launch[SftRun], session: Session, checkpointer: Checkpointer, parts: list[Any], optimizer: Optimizer) -> int:
+    """Steps taken so far, after loading the newest committed checkpoint, the same one on every rank."""
+    restored = from_rank_0(resume.newest(session.home) if session.rank == 0 else None)
+    if restored is None:
+        return 0
+    resume.refuse_other_base(restored, launch.identity)
+    checkpointer.restore(restored.directory, parts, optimizer)
+    if session.rank == 0:
+        log.info("resumed at step %d from %s", restored.step, restored.directory)
+    return restored.step

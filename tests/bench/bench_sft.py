@@ -1,6 +1,7 @@
 """Training throughput through Ray Train, with full rows of random tokens: one JSON line per case.
 
     bench_sft.py [--adapter lora] [--mixed] [--compile] [--seq 4096] [--rows 4] [--steps 30] [--states float32|bfloat16] [--bare] [--tiny]
+                 [--callback ./profile.py:on]
 
 Shapes are those of Qwen3-0.6B, weights are drawn. --mixed packs documents of 512 to 4,096 tokens; --bare runs the same loop in
 this process, without Ray; --tiny runs the whole path with small shapes on a CPU. The figures are medians after 8 steps.
@@ -76,7 +77,8 @@ def configuration(args: argparse.Namespace, folder: Path) -> SftRun:
             f"model.dtype={args.states}", "data.train.none.path=none", f"data.seq_len={args.seq}",
             f"batch.rows={args.rows * args.workers}", f"batch.micro_rows={args.rows}", "optim.lr=1e-5", "export.at_end=false",
             f"parallel.workers={args.workers}", f"parallel.compile={str(args.compile).lower()}",
-            f"parallel.activation_checkpointing={str(args.checkpointing).lower()}",
+            f"parallel.activation_checkpointing={'full' if args.checkpointing else 'none'}",
+            *([f"run.callbacks=[{args.callback}]"] if args.callback else []),
             *(["adapter.type=lora", "adapter.r=16"] if args.adapter == "lora" else []),
         ],
     )  # fmt: skip
@@ -91,6 +93,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--adapter", choices=("none", "lora"), default="none")
     parser.add_argument("--states", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--callback", help="a user function called on the trainer's events, such as a profiler's")
     args = parser.parse_args()
     if args.tiny or not _has_gpu():
         args.tiny, args.seq, args.steps = True, min(args.seq, 1024), min(args.steps, 12)
@@ -103,7 +106,7 @@ def main() -> None:
             fit(train, run.launch(folder / "shards", None))
         records = [record for record in read(run.run_dir / "metrics.jsonl") if "train/loss" in record][WARM_UP:]
     middle = {name: statistics.median(record[name] for record in records if name in record) for name in records[0] if "/" in name}
-    case = {name: value for name, value in vars(args).items() if name != "steps"}
+    case = {name: value for name, value in vars(args).items() if name not in ("steps", "callback")}
     figures = {
         "tok_s": round(middle["perf/tokens_per_s"]), "step_ms": round(1e3 * middle["perf/step_s"], 1), "mfu": middle.get("perf/mfu"),
         "peak_gib": round(max(record["perf/peak_memory_gib"] for record in records), 2),

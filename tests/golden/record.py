@@ -23,7 +23,7 @@ FOLDER = Path(__file__).with_name("losses")
 STEPS = 12
 FULL: dict[str, dict[str, Any]] = {
     "run": {"name": "full", "seed": 7, "max_steps": STEPS},
-    "parallel": {"activation_checkpointing": True},
+    "parallel": {"activation_checkpointing": "full"},
     "export": {"dtype": "float32"},
 }
 LORA: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -62,13 +62,17 @@ def run(corpus: Path, cache: Path, **data: Any) -> SftRun:
     return SftRun.model_validate({"method": "sft", "run": {"name": "r", "deadline_s": 60}, "model": model, "data": section | data})
 
 
+def packed(cfg: SftRun, split: Literal["train", "eval"], *, use_ray: bool) -> Path:
+    return Path(prepare(cfg, split, use_ray=use_ray))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(run(corpus, tmp_path_factory.mktemp("undisturbed")), "train", use_ray=False)
+    return packed(run(corpus, tmp_path_factory.mktemp("undisturbed")), "train", use_ray=False)
 
 
 def test_the_shards_hold_every_document_of_the_datasets(corpus: Path, undisturbed: Path) -> None:
@@ -103,7 +107,7 @@ def test_the_manifest_adds_up(undisturbed: Path) -> None:
 
 
 def test_ray_data_writes_the_same_bytes(corpus: Path, undisturbed: Path, tmp_path: Path, ray_cluster: None) -> None:
-    folder = prepare(run(corpus, tmp_path), "train", use_ray=True)
+    folder = packed(run(corpus, tmp_path), "train", use_ray=True)
     assert contents(folder) == contents(undisturbed)
     assert folder.name == undisturbed.name
 
@@ -152,22 +156,20 @@ def test_a_killed_run_goes_on_where_it_was(corpus: Path, undisturbed: Path, tmp_
 
 def test_a_complete_folder_is_used_as_it_is(corpus: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "plan_units", None)
-    assert prepare(run(corpus, undisturbed.parent, shuffle=False, actors=2), "train", use_ray=False) == undisturbed
+    assert packed(run(corpus, undisturbed.parent, shuffle=False, actors=2), "train", use_ray=False) == undisturbed
 
 
 def test_a_lost_shard_is_named(corpus: Path, tmp_path: Path) -> None:
-    folder = prepare(run(corpus, tmp_path), "eval", use_ray=False)
+    folder = packed(run(corpus, tmp_path), "eval", use_ray=False)
     (folder / "000000-00000.parquet").unlink()
     with pytest.raises(DataError, match=rf"000000-00000\.parquet: the file is missing\. Delete {folder} and run again"):
-        prepare(run(corpus, tmp_path), "eval", use_ray=False)
+        packed(run(corpus, tmp_path), "eval", use_ray=False)
 
 
 def test_two_drivers_pack_the_same_rows_once(corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folders: list[Path] = []
     with caplog.at_level(logging.INFO, "rayft"):
-        threads = [
-            threading.Thread(target=lambda: folders.append(prepare(run(corpus, tmp_path), "train", use_ray=False))) for _ in range(2)
-        ]
+        threads = [threading.Thread(target=lambda: folders.append(packed(run(corpus, tmp_path), "train", use_ray=False))) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -231,16 +233,16 @@ def test_a_folder_that_the_driver_does_not_see_is_refused(corpus: Path, tmp_path
     elsewhere.mkdir()
     monkeypatch.setattr(pipeline, "pack_unit", lambda unit, encoder, directory: pack_unit(unit, encoder, elsewhere))
     with pytest.raises(ConfigError, match=r"data\.cache_dir = .*Set it to a folder on storage that every node sees"):
-        prepare(run(corpus, tmp_path / "cache"), "eval", use_ray=False)
+        packed(run(corpus, tmp_path / "cache"), "eval", use_ray=False)
 
 
 def test_no_usable_row_is_an_error_with_the_reasons(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.eval: none of the 40 rows can be used; dropped are 40 of held_out: longer than"):
-        prepare(run(corpus, tmp_path, seq_len=4), "eval", use_ray=False)
+        packed(run(corpus, tmp_path, seq_len=4), "eval", use_ray=False)
 
 
 def test_one_document_a_row_without_packing(corpus: Path, tmp_path: Path) -> None:
-    totals = read_manifest(prepare(run(corpus, tmp_path, pack=False), "eval", use_ray=False)).totals
+    totals = read_manifest(packed(run(corpus, tmp_path, pack=False), "eval", use_ray=False)).totals
     assert totals["rows"] == totals["documents"] > 0
     assert totals["max_documents"] == 1
 

@@ -117,9 +117,9 @@ def test_recomputation_and_compile_change_nothing_and_compile_settles(tmp_path: 
     folder = str(write_model("llama", tmp_path))
     expected = plain(folder, steps=4)
     cases = [
-        {"overrides": ["parallel.activation_checkpointing=true"], "micro_rows": 2, "steps": 4},
+        {"overrides": ["parallel.activation_checkpointing=full"], "micro_rows": 2, "steps": 4},
         {"overrides": ["parallel.compile=true"], "micro_rows": 2, "steps": 4},
-        {"overrides": ["parallel.compile=true", "parallel.activation_checkpointing=true"], "micro_rows": 2, "steps": 4},
+        {"overrides": ["parallel.compile=true", "parallel.activation_checkpointing=full"], "micro_rows": 2, "steps": 4},
     ]
     for curve in run_ranks(2, trained, folder, cases)[0]:
         close(curve, expected)

@@ -28,6 +28,7 @@ def session(rank: int = 0, world: int = 1) -> Session:
 def scored(rank: int, world: int, jobs: list[tuple[str, list[str]]]) -> list[tuple[torch.Tensor, bool]]:
     """For each (model folder, overrides): log-probabilities of the targets at trained positions, and whether this rank holds
     nothing but its own rows."""
+    from rayft.parallel import fsdp
     from rayft.parallel.mesh import build_mesh
     from rayft.train.build import build_model
 
@@ -37,7 +38,7 @@ def scored(rank: int, world: int, jobs: list[tuple[str, list[str]]]) -> list[tup
         model.eval()
         with torch.no_grad():
             terms = model.score(make_batch(LENGTHS), "logprobs")
-        model.reshard()
+        fsdp.reshard_root(model)
         results.append((terms.logprobs, all(holds_its_rows(p, world) for p in model.parameters())))
     return results
 

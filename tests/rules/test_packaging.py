@@ -11,15 +11,15 @@ from unittest import mock
 from rules.source_tree import ROOT, imports, sources
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-DISTRIBUTION_OF = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTION_OF = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "mlflow": "mlflow-skinny"}
 """Import name -> distribution, where they differ."""
 NOT_IMPORTED = {
-    "datasets": "for users' own formats and drivers",
-    "s3fs": "for users' own formats and drivers",
+    "s3fs": "fsspec loads it for s3://",
+    "tensorboard": "torch.utils.tensorboard loads it",
     "trl": "for users' own formats and drivers",
 }
 """Dependencies that no line imports, with the reason why they are there all the same."""
-OWN = {"rayft", "rayft_kernels"}
+OWN = {"rayft", "rayft_kernels", "bench"}
 WITH_TORCH = {"triton"}
 """Libraries that come with torch where they are of use."""
 
@@ -33,7 +33,9 @@ def test_libraries_are_declared_if_and_only_if_they_are_imported() -> None:
     imported = {module.split(".")[0] for source in sources() for _, module in imports(source)}
     needed = {DISTRIBUTION_OF.get(name, name) for name in imported - set(sys.stdlib_module_names) - OWN - WITH_TORCH}
     always = declared(PROJECT["dependencies"])
-    assert needed - declared(PROJECT["optional-dependencies"]["rollout"]) == always - NOT_IMPORTED.keys()
+    extras = declared(*(PROJECT["optional-dependencies"][name] for name in ("rollout", "optim8bit", "trackers")))
+    assert needed - extras == always - NOT_IMPORTED.keys()
+    assert extras <= needed | NOT_IMPORTED.keys()
 
 
 def test_every_folder_with_code_is_a_package_of_the_wheel() -> None:

@@ -68,12 +68,27 @@ def test_flex_forward_equals_the_written_out_mask(
 ) -> None:
     """Its mask comes from padded boundaries. Uncompiled and forward only: flex has no backward on CPU."""
     monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
-    monkeypatch.setattr(attention, "_compiled_block_mask", lambda: create_block_mask)
     layout = attention.Layout(make_batch(lengths), "flex")
     with torch.no_grad():
         q, k, v = (x.detach() for x in tensors(64))
         got = attention._flex(q, k, v, layout, None, window, softcap)
         torch.testing.assert_close(got, written_out(q, k, v, layout.lengths, window, softcap), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 300])
+@pytest.mark.parametrize("lengths", [(1024,), (1, 127, 128, 256, 512), (129, 1, 1, 382, 300, 211), (700, 70), (5, 3), (128,) * 4])
+def test_the_block_mask_is_the_one_that_trying_every_pair_gives(lengths: tuple[int, ...], window: int | None) -> None:
+    tokens = sum(lengths)
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist(), tokens], dtype=torch.int32)
+    got = attention._document_mask(cu_seqlens, lengths, window)
+    expected = create_block_mask(got.mask_mod, None, None, tokens, tokens, device="cpu")
+    for side in ("kv", "full_kv", "q", "full_q"):
+        for row in range(-(-tokens // 128)):
+            chosen = [
+                sorted(getattr(mask, f"{side}_indices")[0, 0, row, : getattr(mask, f"{side}_num_blocks")[0, 0, row]].tolist())
+                for mask in (got, expected)
+            ]
+            assert chosen[0] == chosen[1], (side, row)
 
 
 def test_a_mask_or_dropout_is_refused() -> None:

@@ -196,7 +196,8 @@ def test_malformed_overrides_are_refused(override: str) -> None:
         ("run.seed=null", "run.seed: is null but must be an integer >= 0. Run rayft config-schema --field run.seed for its meaning."),
         (
             "eval=",
-            "eval: is null but must be a mapping with keys among every, at_start, max_rows. Remove the line, or indent keys below it.",
+            "eval: is null but must be a mapping with keys among every, at_start, max_rows, patience, min_delta, samples. "
+            "Remove the line, or indent keys below it.",
         ),
         ("adapter.targets=[q_proj, 3]", "adapter.targets = ['q_proj', 3]: must be text or a list, each item text. Run"),
         ("optim.warmup=-1", "optim.warmup = -1: must be an integer >= 0 or a finite number >= 0 and <= 1. Run"),
@@ -205,8 +206,8 @@ def test_malformed_overrides_are_refused(override: str) -> None:
         ("data.train.other.limit=3", "data.train.other.path: is required and must be text. Add it."),
         ("parallel.device=tpu", "parallel.device = 'tpu': must be one of auto, cpu, cuda. Run"),
         ("schema_version=2", "schema_version = 2: must be 1. Run rayft config-schema --field schema_version for its meaning."),
-        ("method=ppo", "method = 'ppo': must be one of sft. Name a method that exists."),
-        ("method=[sft]", "method = ['sft']: must be one of sft. Name a method that exists."),
+        ("method=ppo", "method = 'ppo': must be one of sft, grpo. Name a method that exists."),
+        ("method=[sft]", "method = ['sft']: must be one of sft, grpo. Name a method that exists."),
     ],
 )
 def test_a_wrong_value_names_field_value_and_what_is_wanted(minimal: Path, override: str, message: str) -> None:
@@ -214,7 +215,7 @@ def test_a_wrong_value_names_field_value_and_what_is_wanted(minimal: Path, overr
 
 
 def test_a_run_without_a_method_is_refused() -> None:
-    assert refusal("optim.lr=1") == "method: is required and must be one of sft. Add it, or give a configuration file."
+    assert refusal("optim.lr=1") == "method: is required and must be one of sft, grpo. Add it, or give a configuration file."
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,7 @@ def test_a_run_without_a_method_is_refused() -> None:
         ("learning_rate=1", "Did you mean optim.lr"),
         ("optim.seed=1", "Did you mean run.seed"),
         ("max_step=1", "Did you mean run.max_steps"),
-        ("every=1", "Did you mean checkpoint.every or eval.every"),
+        ("every=1", "Did you mean checkpoint.every or eval.every or eval.samples.every"),
         ("optimizer.lr=1", "Did you mean optim"),
         ("data.train.gsm8k.limt=1", "Did you mean data.train.gsm8k.limit"),
         ("export.xyzzy=1", "The keys here are at_end, merge, dtype"),
@@ -295,7 +296,7 @@ RUNS = values(load_module._tree(SftRun)).map(SftRun.model_validate)
 @given(cfg=RUNS)
 def test_a_written_run_reads_back_equal_in_yaml_1_2_and_1_1(tmp_path: Path, cfg: SftRun) -> None:
     text = dump(cfg)
-    with mock.patch.object(rules, "RULES", ()):
+    with mock.patch.object(rules, "RULES", ()), mock.patch.object(rules, "ROW_RULES", ()):
         again = load([write(tmp_path / "run.yaml", text)], [])
     assert again == cfg
     assert dump(again) == text, "types and order survive too"
@@ -360,3 +361,11 @@ def test_the_reference_of_an_unknown_field_names_the_nearest() -> None:
         schema("optim.lrr", "yaml")
     with pytest.raises(ConfigError, match=r"^--field = 'optim.lr.x': unknown key. It has no keys.$"):
         schema("optim.lr.x", "yaml")
+
+
+@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "adamw_8bit", "paged_adamw", "paged_lion_8bit", "lion_32bit"])
+def test_optimizers_of_bitsandbytes_are_refused_with_the_reason(name: str, minimal: Path) -> None:
+    message = refusal(f"optim.type={name}", file=minimal)
+    assert message.startswith(f"optim.type = '{name}': is an optimizer of bitsandbytes, which cannot update sharded parameters")
+    assert "Use adamw8bit" in message
+    assert "bitsandbytes" not in refusal("optim.type=sgd", file=minimal)

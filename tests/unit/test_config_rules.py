@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rayft.config.load import dump, load
-from rayft.config.rules import RULES, check
+from rayft.config.rules import ROW_RULES, RULES, check
 from rayft.config.schema import Adapter, SftRun
 from rayft.errors import ConfigError
 
@@ -54,6 +54,10 @@ REFUSED = [
         "data.shard_rows = 2048: times data.seq_len = 1048576 is over the 2147483647 tokens of a shard. Use at most 2047.",
     ),
     (["data.pack_window=1"], "data.pack_window = 1: packs each document alone. Use 2 or more, or set data.pack to false."),
+    (
+        ["parallel.workers=6", "parallel.replicas=4"],
+        "parallel.replicas = 4: does not divide parallel.workers = 6. Use one of 1, 2, 3, 6.",
+    ),
     (["batch.micro_rows=9"], "batch.micro_rows = 9: is more than batch.rows = 8, the rows of a whole step. Use 8 or less."),
     (
         ["run.max_steps=10", "run.stop_at=11"],
@@ -67,8 +71,26 @@ REFUSED = [
     (["optim.beta2=1"], "optim.beta2 = 1.0: must be below 1, or the moment never takes a gradient in. Use a value such as 0.95."),
     (
         ["optim.schedule=constant", "optim.min_lr_ratio=0.1"],
-        "optim.min_lr_ratio = 0.1: has no effect with optim.schedule constant. Remove it, or use the cosine or linear schedule.",
+        "optim.min_lr_ratio = 0.1: has no effect with optim.schedule constant. Remove it, or use another schedule.",
     ),
+    (["eval.patience=2", EVAL], "eval.patience = 2: needs evaluations during training, and eval.every is null."),
+    (["eval.min_delta=0.1", EVAL, "eval.every=5"], "eval.min_delta = 0.1: is read only with eval.patience."),
+    (["checkpoint.keep_best=true"], "checkpoint.keep_best = True: needs evaluations during training to find the best."),
+    (["eval.samples.every=5"], "eval.samples.every = 5: has no prompt to answer. Add eval.samples.prompts, or remove the key."),
+    (["trackers.names=[wandb, wandb]"], "trackers.names = ['wandb', 'wandb']: names a tracker twice."),
+    (["trackers.project=p"], "trackers.project = 'p': is read by no tracker. Add trackers.names, or remove the key."),
+    (["optim.decay=10"], "optim.decay = 10: is read only by schedule wsd, and optim.schedule is cosine."),
+    (["optim.schedule=wsd", "optim.decay=1.0"], "optim.decay = 1.0: a fraction of all steps must be below 1."),
+    (["optim.schedule=wsd", "optim.decay=0"], "optim.decay = 0: leaves wsd no step to fall in."),
+    (
+        ["optim.schedule=wsd", "optim.warmup=6", "optim.decay=0.5", "run.max_steps=10"],
+        "optim.decay = 0.5: and the warm-up are longer than the run, run.max_steps = 10. Shorten one of them.",
+    ),
+    (["optim.type=adafactor", "optim.beta1=0.5"], "optim.beta1 = 0.5: is not read by adafactor. Remove it, or choose another optim.type."),
+    (["optim.momentum=0.5"], "optim.momentum = 0.5: is not read by adamw."),
+    (["optim.embedding_lr=1e-4", "optim.embedding_lr_ratio=2.0"], "optim.embedding_lr_ratio = 2.0: and optim.embedding_lr = 0.0001 say"),
+    (["optim.loraplus_lr_ratio=16.0"], "optim.loraplus_lr_ratio = 16.0: needs a LoRA adapter, and adapter.type is none."),
+    ([LORA, "model.unfrozen=[lm_head]"], "model.unfrozen = ['lm_head']: has no meaning with adapter.type lora, which freezes all weights."),
     (["adapter.r=8"], "adapter.r = 8: needs an adapter, and adapter.type is none. Set adapter.type to lora, or remove the key."),
     (
         ["adapter.type=none", "adapter.modules_to_save=[lm_head]"],
@@ -86,6 +108,7 @@ REFUSED = [
         "model.init = 'random': leaves a LoRA adapter on weights that mean nothing and stay frozen. "
         "Use model.init pretrained, or adapter.type none.",
     ),
+    (["kernels.lora=on"], "kernels.lora = 'on': there is no LoRA adapter. Set adapter.type to lora, or kernels.lora to auto."),
     (["export.merge=true"], "export.merge = True: there is no adapter to merge. Set adapter.type to lora, or export.merge to false."),
     (
         [LORA, "export.merge=true", "export.at_end=false"],
@@ -119,6 +142,8 @@ def test_refused(overrides: list[str], sentence: str) -> None:
         ["data.seq_len=16777216", "data.shard_rows=127"],
         ["data.pack=false", "data.pack_window=1"],
         ["batch.micro_rows=8"],
+        ["batch.micro_rows=auto"],
+        ["parallel.workers=6", "parallel.replicas=3", "parallel.cpu_offload=true"],
         ["run.max_steps=10", "run.stop_at=10", "optim.warmup=10"],
         ["run.stop_at=11"],
         ["eval.every=5", "eval.at_start=true", EVAL],
@@ -143,12 +168,13 @@ def test_accepted(overrides: list[str]) -> None:
 def unchecked(*overrides: str) -> SftRun:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rayft.config.rules.RULES", ())
+        patch.setattr("rayft.config.rules.ROW_RULES", ())
         return run(*overrides)
 
 
 def test_every_rule_has_a_refusal_here() -> None:
     runs = [unchecked(*overrides) for overrides, _ in REFUSED]
-    assert [rule.__name__ for rule in RULES if not any(list(rule(cfg)) for cfg in runs)] == []
+    assert [rule.__name__ for rule in (*ROW_RULES, *RULES) if not any(list(rule(cfg)) for cfg in runs)] == []
 
 
 def test_all_refusals_are_listed_in_the_order_of_the_rules() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from rayft.config.environment import OPTED_OUT, in_ray_job, opt_out, prepare_process, worker_environment
+from rayft.config.environment import OPTED_OUT, credentials, in_ray_job, opt_out, prepare_process, worker_environment
 from rayft.errors import ConfigError
 
 
@@ -101,3 +102,24 @@ def test_a_cluster_is_joined_when_the_environment_names_one(environ: dict[str, s
 def test_the_address_of_the_job_server_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^RAY_ADDRESS = 'http://head:8265': is the address of Ray's job server"):
         in_ray_job({"RAY_ADDRESS": "http://head:8265"})
+
+
+def test_secrets_travel_as_arguments_and_show_in_no_text() -> None:
+    environ = {"AWS_SECRET_ACCESS_KEY": "hidden", "AWS_ENDPOINT_URL": "http://store", "HF_TOKEN": "hidden too", "PATH": "/bin"}
+    assert worker_environment(environ)["AWS_ENDPOINT_URL"] == "http://store"
+    assert not {"hidden", "hidden too"} & set(worker_environment(environ).values())
+    found = credentials(environ=environ)
+    assert "hidden" not in repr(found) and pickle.loads(pickle.dumps(found)) == found
+    there = {"HF_TOKEN": "the node's own"}
+    found.adopt(there)
+    assert there == {"AWS_SECRET_ACCESS_KEY": "hidden", "HF_TOKEN": "the node's own"}
+
+
+def test_named_variables_are_forwarded_over_those_of_the_worker_and_shown_nowhere() -> None:
+    secrets = credentials({"WANDB_API_KEY": "secret", "HF_TOKEN": "token", "OTHER": "x"}, ["WANDB_API_KEY"])
+    worker = {"WANDB_API_KEY": "old", "HF_TOKEN": "own"}
+    secrets.adopt(worker)
+    assert worker == {"WANDB_API_KEY": "secret", "HF_TOKEN": "own"}
+    assert "secret" not in repr(secrets) and "token" not in repr(secrets)
+    with pytest.raises(ConfigError, match="MISSING.: is not set where the command runs"):
+        credentials({}, ["MISSING"])

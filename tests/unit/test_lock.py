@@ -76,7 +76,7 @@ def test_a_holder_that_gives_signs_of_life_keeps_the_lock(tmp_path: Path) -> Non
     lock = tmp_path / "lock"
     lock.write_text("elsewhere 1 x")
     done = threading.Event()
-    beat = threading.Thread(target=locks._touch, args=(lock, done), daemon=True)
+    beat = threading.Thread(target=locks._touch, args=(lock, "elsewhere 1 x", done), daemon=True)
     beat.start()
     started = time.monotonic()
     with pytest.raises(InfrastructureError, match=r"elsewhere 1 .* still holds it after 1 s"), exclusive(lock, 1.0):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from rayft.errors import ConfigError, DataError
-from rayft.observe.log import MetricsLog, read, recorded, starts
+from rayft.observe.log import MetricsLog, read, starts
 from rayft.observe.progress import follow, summary
 
 
@@ -38,12 +38,11 @@ def test_opening_cuts_back_to_the_restored_step_and_keeps_its_evaluation(path: P
     with path.open("ab") as file:
         file.write(b'{"step": 8, "train/lo')
     with MetricsLog(path, 4) as log:
+        assert log.reached == {"train/loss": 7, "eval/loss": 6}
         log.start(2, 1)
         log.write(5, {"train/loss": 0.5})
     assert losses(path) == [(1, 9.0), (2, 8.0), (3, 7.0), (4, 6.0), (5, 0.5)]
-    assert recorded(path, 4, "eval/loss")
-    assert not recorded(path, 6, "eval/loss")
-    assert not recorded(path, 4, "train/lr")
+    assert [(record["step"], record["eval/loss"]) for record in read(path) if "eval/loss" in record] == [(4, 4.0)]
     assert [(event["attempt"], event["step"], event["workers"]) for event in starts(path)] == [(1, 0, 2), (2, 4, 1)]
     assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
 
@@ -105,7 +104,6 @@ def test_unknown_names_and_broken_lines_are_refused(path: Path) -> None:
 
 def test_a_missing_log_is_empty(path: Path) -> None:
     assert read(path) == [] == starts(path)
-    assert not recorded(path, 0, "eval/loss")
 
 
 def plain() -> Console:

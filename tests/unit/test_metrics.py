@@ -31,3 +31,11 @@ def test_only_token_means_are_divided() -> None:
     assert finish({"train/loss": 12.0, "train/num_tokens": 8.0}, 8.0) == {"train/loss": 1.5, "train/num_tokens": 8.0}
     with pytest.raises(ConfigError):
         finish({"loss": 1.0}, 1.0)
+
+
+def test_a_source_has_its_own_divisor_and_any_name() -> None:
+    sums = {"train/loss": 6.0, "train/loss/a-1": 4.0, "train/weights/a-1": 2.0, "train/loss/b": 0.0, "train/weights/b": 0.0}
+    assert finish(sums, 3.0) == {"train/loss": 2.0, "train/loss/a-1": 2.0, "train/weights/a-1": 2.0, "train/weights/b": 0.0}
+    for unknown in ("train/grad_norm/a", "train/loss/a/b", "loss/a", "eval/weights/a"):
+        with pytest.raises(ConfigError):
+            check_names([unknown])

@@ -26,7 +26,7 @@ with resume.lease(Path(sys.argv[1]), "other"):
 
 
 def checkpoint(run_dir: Path, step: int, attempt: int, committed: bool = True) -> Path:
-    directory = resume.checkpoints_dir(run_dir) / f"step-{step:08d}-a{attempt}"
+    directory = Path(resume.checkpoints_dir(run_dir)) / f"step-{step:08d}-a{attempt}"
     directory.mkdir(parents=True)
     if committed:
         (directory / resume.COMMITTED).write_text(json.dumps({"step": step, "attempt": attempt}))
@@ -40,7 +40,7 @@ def test_newest_is_the_committed_one_with_most_steps_and_latest_attempt(tmp_path
     last = checkpoint(tmp_path, 20, 3)
     unfinished = checkpoint(tmp_path, 30, 3, committed=False)
     found = resume.newest(tmp_path)
-    assert found is not None and (found.directory, found.step) == (last, 20)
+    assert found is not None and (found.directory, found.step) == (str(last), 20)
     resume.remove_unfinished(tmp_path)
     assert not unfinished.exists() and last.exists()
     resume.prune(tmp_path, keep=2)
@@ -94,3 +94,19 @@ def test_only_what_cannot_change_the_result_may_change() -> None:
         resume.refuse_changes([("optim.lr", 0.1, 0.2), ("parallel.workers", 1, 2), ("run.seed", 0, 1)])
     with pytest.raises(ConfigError, match=r"data\.evaluation"):
         resume.refuse_changes([("data.evaluation", 1, 2)])
+
+
+def test_the_best_checkpoint_outlives_newer_ones_until_another_is_better(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        checkpoint(tmp_path, step, 1)
+    assert resume.best(tmp_path) is None
+    (tmp_path / resume.BEST).write_text(json.dumps({"step": 20, "loss": 1.5}))
+    resume.prune(tmp_path, 2)
+    assert [one.step for one in resume.committed(tmp_path)] == [20, 30, 40]
+    found = resume.best(tmp_path)
+    assert found is not None and found.step == 20
+    (tmp_path / resume.BEST).write_text(json.dumps({"step": 40, "loss": 1.0}))
+    resume.prune(tmp_path, 2)
+    assert [one.step for one in resume.committed(tmp_path)] == [30, 40]
+    (tmp_path / resume.BEST).write_text(json.dumps({"step": 25, "loss": 0.5}))
+    assert resume.best(tmp_path) is None, "an evaluation whose checkpoint was not committed before a death"

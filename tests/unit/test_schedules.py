@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rayft.config.schema import Optim
 from rayft.optim.schedules import lr_at, warmup_steps
 
-SCHEDULES = st.sampled_from(["cosine", "linear", "constant"])
+SCHEDULES = st.sampled_from(["cosine", "linear", "constant", "wsd"])
 
 
 def optim(**fields: Any) -> Optim:
@@ -35,6 +35,17 @@ def test_written_out() -> None:
     assert [lr_at(step, 5, cosine) / 2e-3 for step in range(5)] == pytest.approx(
         [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125), 0]
     )
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "sqrt"])
+@pytest.mark.parametrize(("decay", "steps"), [(4, 4), (0.4, 4), (9, 8)])
+def test_wsd_holds_and_then_falls(shape: str, decay: float, steps: int) -> None:
+    section = optim(schedule="wsd", warmup=2, decay=decay, decay_shape=shape, min_lr_ratio=0.25)
+    rates = [lr_at(step, 10, section) / 2e-3 for step in range(10)]
+    assert rates[: 10 - steps] == pytest.approx([0.5] + [1.0] * (9 - steps))
+    progress = [(k + 1) / steps for k in range(steps)]
+    fall = {"linear": lambda p: 1 - p, "cosine": lambda p: 0.5 + math.cos(math.pi * p) / 2, "sqrt": lambda p: 1 - p**0.5}[shape]
+    assert rates[10 - steps :] == pytest.approx([0.25 + 0.75 * fall(p) for p in progress])
 
 
 @given(SCHEDULES, st.integers(0, 30), st.integers(1, 60), st.floats(0, 1))

@@ -92,12 +92,12 @@ def test_strays_of_a_killed_writer_are_removed_and_nothing_else(tmp_path: Path) 
 
 def test_a_unit_is_committed_by_its_sidecar_only_while_its_shards_are_whole(tmp_path: Path) -> None:
     shard = write(tmp_path)
-    assert shards.read_unit(tmp_path, 0) is None
+    assert shards.read_units(tmp_path, [0]) == {}
     summary = UnitSummary(0, "a", 7, {"too long": 2}, (shard,))
     shards.write_unit(tmp_path, summary)
-    assert shards.read_unit(tmp_path, 0) == summary
+    assert shards.read_units(tmp_path, [0]) == {0: summary}
     os.truncate(tmp_path / shard.name, shard.bytes - 1)
-    assert shards.read_unit(tmp_path, 0) is None
+    assert shards.read_units(tmp_path, [0]) == {}
 
 
 def test_the_manifest_survives_the_disk(tmp_path: Path) -> None:

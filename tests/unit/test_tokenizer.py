@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rayft.config.schema import Model
-from rayft.errors import DataError
+from rayft.errors import ConfigError, DataError
 from rayft.models.tokenizer import exact_backend, fingerprint, leading_tokens, load_tokenizer, special_tokens, template_text
 from tiny import CHATML, tiny_tokenizer
 
@@ -62,7 +62,7 @@ def test_a_model_folder_without_tokenizer_is_refused(tmp_path: Path, model_type:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(DataError, match=rf"^model\.path = .*{rule}"):
         load_tokenizer(Model(path=str(tmp_path)))
-    with pytest.raises(DataError, match=r"^model\.path = 'nobody/nothing': no tokenizer can be read"):
+    with pytest.raises(ConfigError, match=r"^model\.path = 'nobody/nothing': must be a Hugging Face model folder, or an id"):
         load_tokenizer(Model(path="nobody/nothing"))
 
 

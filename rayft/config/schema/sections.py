@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rayft.config.schema.base import Bool, Count, Fraction, PositiveFloat, PositiveInt, Section, Str
+from rayft.config.schema.base import Bool, Count, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Str
 
 
 class Run(Section):
@@ -15,7 +15,7 @@ class Run(Section):
     name: Str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", description="Name of the run. The same name and directory resume it.")
     dir: Str = Field(
         "runs",
-        description="Folder that holds run folders, on storage that every node sees. A relative one is taken from where the command starts.",
+        description="Folder that holds run folders, on storage that every node sees, or a URL such as s3://bucket/runs. A relative one is taken from where the command starts.",
     )
     seed: Count = Field(0, description="Seed of everything random: data order, adapter initialisation, dropout.")
     epochs: PositiveFloat = Field(1.0, description="Passes over the training rows; ignored when max_steps is set.")
@@ -31,7 +31,10 @@ class Run(Section):
 class Model(Section):
     """Which weights to start from and in which precision."""
 
-    path: Str = Field(description="Hugging Face model folder, or the id of one in the local cache.")
+    path: Str = Field(
+        description="Hugging Face model folder, an id of the hub, s3://bucket/folder, or run:NAME or run:NAME@STEP for the result of another run in run.dir."
+    )
+    revision: Str | None = Field(None, description="Branch, tag or commit of a model of the hub; null is its main branch.")
     init: Literal["pretrained", "random"] = Field(
         "pretrained",
         description="pretrained reads the weights; random draws them from run.seed and needs only a configuration and a tokenizer.",
@@ -49,6 +52,10 @@ class Model(Section):
     pad_token: Str | None = Field(None, description="Token to pad with; null takes the tokenizer's, else its end token.")
     eos_token: Str | None = Field(None, description="End token; null takes the tokenizer's.")
     trust_remote_code: Bool = Field(False, description="Run model code that comes with the weights.")
+    unfrozen: tuple[Str, ...] = Field(
+        (),
+        description="Train only these weights: regular expressions that match from the start of a checkpoint's parameter name, each with an optional range of rows such as [n], [a:], [:b] or [a:b]; empty trains all.",
+    )
 
 
 class Adapter(Section):
@@ -71,7 +78,14 @@ class Adapter(Section):
 class Dataset(Section):
     """One source of rows."""
 
-    path: Str = Field(description="File, folder or glob: json, jsonl, ndjson, parquet, csv, tsv, txt, each also as .gz, .bz2, .xz or .zst.")
+    path: Str = Field(
+        description="File, folder or glob, also as s3:// URL: json, jsonl, ndjson, parquet, csv, tsv, txt, each also as .gz, .bz2, .xz or .zst; or the id of a dataset of the Hugging Face hub."
+    )
+    subset: Str | None = Field(None, description="Configuration of a hub dataset, such as main; null is its default.")
+    split: Str = Field("train", description="Split of a hub dataset, also a slice such as train[:10%].")
+    revision: Str | None = Field(
+        None, description="Branch, tag or commit of a hub dataset; null is what the hub has when it is first read."
+    )
     format: Literal["chat", "instruction", "text"] = Field(
         "chat", description="chat: a list of messages; instruction: instruction, input, output columns; text: one text column."
     )
@@ -109,7 +123,7 @@ class Data(Section):
     pack_window: PositiveInt = Field(4096, description="Documents that are packed together.")
     actors: PositiveInt | None = Field(None, description="Processes that tokenise; null takes the cluster's CPUs but one.")
     cache_dir: Str | None = Field(
-        None, description="Folder of the packed shards; null is <run.dir>/.shards. Shards are keyed by all that changes them."
+        None, description="Folder or URL of the packed shards; null is <run.dir>/.shards. Shards are keyed by all that changes them."
     )
 
 
@@ -117,20 +131,45 @@ class BatchShape(Section):
     """How many rows make a step."""
 
     rows: PositiveInt = Field(8, description="Packed rows in an optimizer step, over all workers.")
-    micro_rows: PositiveInt = Field(1, description="Packed rows that one worker runs at once; the rest is accumulated.")
+    micro_rows: PositiveInt | Literal["auto"] = Field(
+        1,
+        description="Packed rows that one worker runs at once; the rest is accumulated. auto takes, at every start, as many as the memory plan fits on the cards; it is 1 on CPUs.",
+    )
 
 
 class Optim(Section):
     """Optimizer and learning-rate schedule."""
 
+    type: Literal["adamw", "adamw8bit", "adafactor", "muon"] = Field(
+        "adamw",
+        description="adamw; adamw8bit keeps its two states in 8 bits (torchao); adafactor keeps one row and one column of a matrix's second moment, and lr is relative to each tensor's size; muon orthogonalises the momentum of hidden matrices, for which every rank gathers each of them once a step, and leaves embeddings, head and vectors to adamw.",
+    )
     lr: PositiveFloat = Field(1e-5, description="Highest learning rate.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the learning rate falls after the warm-up.")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="How the learning rate falls after the warm-up; wsd holds it and lets it fall over the last steps only."
+    )
     warmup: Count | Fraction = Field(0.03, description="Steps of linear warm-up, or, below 1, a fraction of all steps.")
-    min_lr_ratio: Fraction = Field(0.0, description="Learning rate at the end over the highest one, for cosine and linear.")
-    beta1: Fraction = Field(0.9, description="Decay of the first moment.")
-    beta2: Fraction = Field(0.95, description="Decay of the second moment.")
-    eps: PositiveFloat = Field(1e-8, description="Added to the denominator of the update.")
+    decay: Count | Fraction = Field(0.2, description="Steps of the fall at the end of wsd, or, below 1, a fraction of all steps.")
+    decay_shape: Literal["linear", "cosine", "sqrt"] = Field(
+        "linear", description="Shape of the fall of wsd; sqrt is 1 - sqrt(progress), steep at first."
+    )
+    min_lr_ratio: Fraction = Field(0.0, description="Learning rate at the end over the highest one, for every schedule but constant.")
+    embedding_lr: PositiveFloat | None = Field(
+        None, description="Highest learning rate of input embeddings and output head; null takes lr. It follows the schedule of lr."
+    )
+    embedding_lr_ratio: PositiveFloat | None = Field(None, description="The same as a multiple of lr.")
+    loraplus_lr_ratio: PositiveFloat | None = Field(
+        None, description="Learning rate of the adapters' B matrices as a multiple of lr (LoRA+); null takes lr."
+    )
+    beta1: Fraction = Field(0.9, description="Decay of the first moment of adamw, adamw8bit, and of muon for what is no hidden matrix.")
+    beta2: Fraction = Field(0.95, description="Decay of the second moment, likewise.")
+    eps: PositiveFloat = Field(1e-8, description="Added to the denominator of their update.")
+    momentum: Fraction = Field(0.95, description="Decay of muon's momentum (Nesterov).")
     weight_decay: Fraction = Field(0.0, description="Decoupled weight decay, on matrices only.")
+    no_decay: tuple[Str, ...] = Field(
+        (),
+        description="Further parameters without weight decay: regular expressions that match from the start of a checkpoint's parameter name.",
+    )
     max_grad_norm: PositiveFloat | None = Field(1.0, description="Gradients are scaled down to this global norm; null leaves them.")
 
 
@@ -144,12 +183,37 @@ class Parallel(Section):
     cpus_per_worker: PositiveInt | None = Field(
         None, description="CPUs that Ray reserves for a worker; null is 1 without a GPU and 0 with one."
     )
-    activation_checkpointing: Bool = Field(
-        False, description="Keep only the input of each decoder layer and recompute the rest in the backward."
+    replicas: PositiveInt = Field(
+        1, description="Groups of workers that each hold the whole state, sharded inside the group only (HSDP); workers is a multiple."
+    )
+    cpu_offload: Bool = Field(
+        False, description="Keep parameters, gradients and optimizer states in host memory and update them on the CPU."
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="What the backward recomputes of a decoder layer: nothing; all but attention, whose inputs and output are kept; or all, from the layer's input.",
+    )
+    activation_offload: Bool = Field(
+        False, description="Keep what decoder layers save for the backward in host memory; copies run beside the computation."
     )
     compile: Bool = Field(False, description="torch.compile each decoder layer.")
     attention: Literal["auto", "sdpa", "flex"] = Field(
         "auto", description="Attention backend; auto takes what was measured fastest for the layer and the rows, and says why."
+    )
+
+
+class Kernels(Section):
+    """Fused operations put into decoder layers; a layer that cannot have one keeps the family's own."""
+
+    lora: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="LoRA projections and the MLP in one autograd node each; auto takes it for LoRA on GPUs, on refuses a model of which no layer can have it.",
+    )
+    norm_rope: Literal["auto", "on", "off"] = Field(
+        "auto", description="Norm and rotation of queries and keys in one kernel, for families that norm each head; auto takes it on GPUs."
+    )
+    glu: Literal["auto", "on", "off"] = Field(
+        "auto", description="The gated activation of an MLP without fused LoRA in one kernel; auto takes it on GPUs."
     )
 
 
@@ -158,6 +222,20 @@ class Checkpoint(Section):
 
     every: PositiveInt | None = Field(None, description="Steps between checkpoints; null saves only at the end.")
     keep: PositiveInt = Field(2, description="Checkpoints to keep; older ones are deleted once a newer one is committed.")
+    keep_best: Bool = Field(
+        False, description="Save after every evaluation with a new lowest eval/loss, and keep the newest of these beside the others."
+    )
+    trigger: Bool = Field(
+        True, description="Save at the next step when a file CHECKPOINT_NOW appears in the run's directory; it is looked for once a second."
+    )
+
+
+class Samples(Section):
+    """Texts that the model writes during training."""
+
+    prompts: tuple[Str, ...] = Field((), description="Prompts to answer; the answers go to samples.jsonl and are shown.")
+    every: PositiveInt | None = Field(None, description="Steps between samples; null makes them at the end only.")
+    max_tokens: PositiveInt = Field(64, description="Longest answer, in tokens; each token takes a forward, as nothing is cached.")
 
 
 class Eval(Section):
@@ -166,6 +244,11 @@ class Eval(Section):
     every: PositiveInt | None = Field(None, description="Steps between evaluations; null evaluates only at the end.")
     at_start: Bool = Field(False, description="Evaluate before the first step too.")
     max_rows: PositiveInt | None = Field(None, description="Packed rows to evaluate on; null takes all.")
+    patience: PositiveInt | None = Field(
+        None, description="Stop after this many evaluations in a row that improve eval/loss by no more than min_delta; null goes on."
+    )
+    min_delta: NonNegativeFloat = Field(0.0, description="By how much eval/loss must fall to count as an improvement.")
+    samples: Samples = Samples()
 
 
 class Export(Section):
@@ -174,3 +257,25 @@ class Export(Section):
     at_end: Bool = Field(True, description="Write a Hugging Face folder when training ends.")
     merge: Bool = Field(False, description="Also write the base model with the adapter added to its weights.")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Precision of exported full weights; adapters are float32.")
+
+
+class Trackers(Section):
+    """Experiment trackers, which get what metrics.jsonl gets."""
+
+    names: tuple[Literal["mlflow", "tensorboard", "trackio", "wandb"], ...] = Field(
+        (), description="Trackers to log to, from rank 0; each needs its package (rayft[trackers] has all)."
+    )
+    project: Str = Field("rayft", description="Project, or experiment, that the run is shown in.")
+    dir: Str | None = Field(None, description="Folder of the trackers' files; null is the folder trackers in the run's directory.")
+    offline: Bool = Field(
+        True,
+        description="Write files only. false lets mlflow, trackio and wandb reach the server that their own environment variables name.",
+    )
+
+
+class Env(Section):
+    """The workers' environment."""
+
+    forward: tuple[Str, ...] = Field(
+        (), description="Names of variables that workers get from the driver, such as WANDB_API_KEY. Their values are saved nowhere."
+    )

@@ -1,0 +1,240 @@
+"""The controller of an online run: an asynchronous actor around `experience.admission`, which decides; this one carries out.
+
+It holds keys, numbers and references, never tokens, and tells the trainer's ranks what to do next. Every wait in it has a deadline. It may
+die at any time: Ray restarts it, the journal brings the state back, and what was in flight is started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rayft.actors.dispatch import Dispatch
+from rayft.actors.groups import Groups
+from rayft.actors.held_out import HeldOut
+from rayft.actors.journal import Journal
+from rayft.actors.pool import Pool
+from rayft.config.schema import GrpoRun
+from rayft.data.prompts import PromptSet
+from rayft.experience import summary
+from rayft.experience.admission import Limits
+from rayft.experience.algorithm import weighing_of
+from rayft.experience.orders import Order
+from rayft.experience.pack import plan
+from rayft.observe.console import show_messages
+
+log = logging.getLogger("rayft")
+
+POLL_S = 5.0
+"""How long a rank's question is held before it is told to ask again."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a controller is started with, and started anew with.
+
+    Attributes:
+        cfg: the run.
+        run_dir: where its journal is.
+        train_prompts, eval_prompts: folders of prompts.
+        total_steps: of the run.
+        driver: names the command.
+        step: of the newest checkpoint when the command started.
+        engines, judges: names of the actors.
+    """
+
+    cfg: GrpoRun
+    run_dir: Path
+    train_prompts: str
+    eval_prompts: str | None
+    total_steps: int
+    driver: str
+    step: int
+    engines: tuple[str, ...]
+    judges: tuple[str, ...]
+
+
+class Controller:
+    """See the module. Methods are called by the trainer's ranks; all of them return soon."""
+
+    def __init__(self, setup: Setup) -> None:
+        show_messages()
+        cfg = setup.cfg
+        self._cfg, self._total_steps = cfg, setup.total_steps
+        limits = Limits(
+            cfg.rollout.prompts_per_step, cfg.rollout.max_staleness, setup.total_steps, cfg.rollout.restarts, cfg.reward.retries
+        )
+        self._journal = Journal(setup.run_dir / "journal.jsonl", limits, setup.driver, setup.step)
+        self._pool = Pool(setup.engines, cfg.rollout, self._wake)
+        self._pool.current = self._journal.serving
+        dispatch = Dispatch(cfg, self._pool, setup.judges)
+        prompts = PromptSet(setup.train_prompts, seed=cfg.run.seed, shuffle=cfg.data.shuffle)
+        self._groups = Groups(cfg, self._journal, dispatch, prompts, self._wake)
+        held_out = PromptSet(setup.eval_prompts, seed=0, shuffle=False) if setup.eval_prompts else None
+        self._held_out = HeldOut(cfg, held_out, dispatch, setup.total_steps)
+        self._orders: dict[tuple[int, int, int], Order] = {}
+        self._records: list[tuple[int, dict[str, float]]] = []
+        self._world = cfg.parallel.workers
+        self._deciding, self._changed = asyncio.Lock(), asyncio.Event()
+        self._since, self._tokens = time.monotonic(), 0
+
+    async def join(self, attempt: int, step: int, world: int) -> None:
+        """The trainer's workers of that attempt, so many, start from a checkpoint of `step`. Called before any of them asks for orders."""
+        self._pool.watch()
+        if attempt == self._journal.attempt:
+            return
+        state = self._journal.state
+        if step > state.committed:
+            await self.committed(step)
+        if step < state.committed:
+            self._groups.forget(list(self._groups.answers))
+        self._journal.add("trainer_restarted", step=step)
+        self._journal.joined(attempt)
+        self._world, self._orders, self._records = world, {}, []
+        self._held_out.done = {done for done in self._held_out.done if done <= step}
+        log.info("the trainer's attempt %d starts from step %d; engines serve step %d", attempt, step, state.version)
+        self._wake()
+
+    async def order(self, attempt: int, step: int, index: int, rank: int, lost: Sequence[int] = ()) -> Order | None:
+        """What to do next; the same for every rank that asks with the same numbers. None: ask again.
+
+        Args:
+            attempt: of the asking workers.
+            step: steps that they have done.
+            index: orders that they had at this step already.
+            rank: of the asking one.
+            lost: numbers of groups of the step's batch that some rank could not fetch.
+        """
+        self._pool.watch()
+        if attempt != self._journal.attempt:
+            return None
+        key, until = (attempt, step, index), time.monotonic() + POLL_S
+        async with self._deciding:
+            if lost and key not in self._orders:
+                self._lose(step, lost)
+            while key not in self._orders and time.monotonic() < until:
+                self._changed.clear()
+                if (order := self._decide(step)) is not None:
+                    self._orders = {asked: made for asked, made in self._orders.items() if asked[1] == step} | {key: order}
+                else:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._changed.wait(), max(until - time.monotonic(), 0.0))
+        return self._orders[key].part(rank) if key in self._orders else None
+
+    async def pushed(self, attempt: int, step: int, reached: Sequence[str], lost: Mapping[str, str]) -> None:
+        """The lives of engines that now have the weights of `step`, and those that were lost on the way, with the reason."""
+        if attempt != self._journal.attempt:
+            return
+        for life, reason in lost.items():
+            self._pool.end(life, reason)
+        if reached:
+            self._journal.serves(f"{attempt}.{step}")
+            self._pool.has(reached, self._journal.serving)
+            self._journal.add("pushed", step=step)
+        if reached and self._held_out.due(step) and not self._held_out.running:
+            self._held_out.running = True
+            self._groups.spawn(self._evaluate(step))
+        self._wake()
+
+    async def committed(self, step: int) -> None:
+        """A checkpoint covers the steps before that one: their groups go."""
+        state = self._journal.state
+        for earlier in range(state.committed, step):
+            self._groups.forget(state.batches.get(earlier, ()))
+        self._journal.add("committed", step=step)
+
+    async def report(self) -> str:
+        """Who waits for whom, in words."""
+        state = self._journal.state
+        which = "" if state.caught_up else " of an earlier attempt"
+        return (
+            f"engines serve step {state.version}{which}; {len(state.accepted)} groups are ready, {len(state.running)} are generated, "
+            f"{len(state.scoring)} scored (oldest: {self._groups.oldest()}); {self._pool.in_words()}"
+        )
+
+    def _decide(self, step: int) -> Order | None:
+        """The next order, or None while there is nothing to do."""
+        state = self._journal.state
+        if (problem := self._groups.fatal or self._pool.problem) is not None:
+            return Order("stop", step, error=problem)
+        if step < state.version and (self._pool.serving() or not state.missing):
+            return self._batch(step)  # an earlier attempt came further: its batches are trained again, and engines wait
+        if step == self._total_steps and self._held_out.prompts is None:
+            return Order("end", step, records=_taken(self._records))
+        version = f"{self._journal.attempt}.{step}"
+        if behind := self._pool.behind(version):
+            if self._held_out.running:
+                return None
+            return Order("push", step, version=version, engines=tuple((member.life, member.name) for member in behind))
+        if not state.caught_up or self._pool.current != version:
+            return None
+        if step < self._total_steps:
+            return self._batch(step)
+        return None if self._held_out.running else Order("end", step, records=_taken(self._records))
+
+    def _batch(self, step: int) -> Order | None:
+        """The step's batch, once all its groups are there."""
+        state, cfg = self._journal.state, self._cfg
+        batch = state.batch(step)
+        if batch is None:
+            return None
+        if gone := [ordinal for ordinal in batch if ordinal not in self._groups.answers]:
+            self._journal.add("lost", ordinals=gone)
+            self._wake()
+            return None
+        if step not in state.batches:
+            self._journal.add("consumed", step=step, ordinals=list(batch))
+        scores = tuple(self._groups.scores[ordinal] for ordinal in batch)
+        self._records.append((step + 1, summary.of_batch(scores, step) | self._figures()))
+        return Order(
+            "batch",
+            step,
+            ticket=uuid.uuid4().hex,
+            groups={number: self._groups.answers[ordinal] for number, ordinal in enumerate(batch)},
+            scores=scores,
+            updates=tuple(plan(scores, weighing_of(cfg), budget=cfg.micro_tokens, world=self._world, updates=cfg.algorithm.updates)),
+            records=_taken(self._records),
+        )
+
+    def _figures(self) -> dict[str, float]:
+        """Counts so far, and rates since the batch before."""
+        counts = self._journal.state.counts
+        since, tokens, self._since, self._tokens = self._since, self._tokens, time.monotonic(), self._groups.tokens
+        rate = (self._groups.tokens - tokens) / max(self._since - since, 1e-9)
+        return self._pool.figures() | {"rollout/tokens_per_s": rate} | {f"rollout/{name}": float(counts[name]) for name in summary.COUNTS}
+
+    def _lose(self, step: int, numbers: Sequence[int]) -> None:
+        """Groups of the step's batch cannot be fetched: they are made again."""
+        batch = self._journal.state.batches.get(step, ())
+        gone = [batch[number] for number in numbers if number < len(batch) and batch[number] in self._groups.answers]
+        self._groups.forget(gone)
+        if gone:
+            self._journal.add("lost", ordinals=gone)
+            self._wake()
+
+    async def _evaluate(self, step: int) -> None:
+        try:
+            if values := await self._held_out.run(step):
+                self._records.append((step, values))
+        finally:
+            self._held_out.running = False
+            self._wake()
+
+    def _wake(self) -> None:
+        """Something changed: start what may be started, and look again at what ranks wait for."""
+        if self._pool.serving():
+            self._groups.start_all()
+        self._changed.set()
+
+
+def _taken(records: list[tuple[int, dict[str, float]]]) -> tuple[tuple[int, dict[str, float]], ...]:
+    """The records, which are nobody else's from now on."""
+    taken = tuple(records)
+    records.clear()
+    return taken
