@@ -121,5 +121,5 @@ def test_named_variables_are_forwarded_over_those_of_the_worker_and_shown_nowher
     secrets.adopt(worker)
     assert worker == {"WANDB_API_KEY": "secret", "HF_TOKEN": "own"}
     assert "secret" not in repr(secrets) and "token" not in repr(secrets)
-    with pytest.raises(ConfigError, match="MISSING.: is not set where the command runs"):
+    with pytest.raises(ConfigError, match="is not set where the command runs"):
         credentials({}, ["MISSING"])
