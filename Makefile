@@ -7,6 +7,8 @@ PIP := $(PY) -m pip
 INSTALLED := $(VENV)/.installed
 # On Linux without a GPU torch's CPU build is taken, in the version that the golden losses were recorded with.
 CPU_TORCH := torch==2.13.0+cpu
+# The one that torch's GPU build of that version brings along; tests run the kernels in its interpreter.
+CPU_TRITON := triton==3.7.1
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 SUITES := rules unit numerics parity golden integration
 
@@ -26,6 +28,7 @@ $(INSTALLED): pyproject.toml setup.py
 	  echo "no GPU: installing $(CPU_TORCH)"; \
 	  $(PIP) install -q "$(CPU_TORCH)" 2>/dev/null || $(PIP) install -q --extra-index-url $(CPU_INDEX) "$(CPU_TORCH)" || \
 	  echo "no CPU build of torch is within reach: the default one follows"; \
+	  $(PIP) install -q --no-deps "$(CPU_TRITON)" || echo "no $(CPU_TRITON) is within reach: tests of the kernels' bodies are skipped"; \
 	fi
 	$(PIP) install -q -e ".[dev]"
 	@touch $@
