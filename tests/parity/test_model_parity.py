@@ -45,7 +45,7 @@ def scored(rank: int, world: int, jobs: list[tuple[str, list[str]]]) -> list[tup
 
 def holds_its_rows(parameter: Any, world: int) -> bool:
     """Sharded, and its storage is its rows padded to the largest shard, not a view of the full tensor."""
-    local = parameter.to_local()
+    local = parameter.to_local() if world > 1 else parameter
     rows = -(-parameter.shape[0] // world)
     return local.untyped_storage().nbytes() <= rows * parameter[0:1].numel() * parameter.element_size()
 

@@ -19,7 +19,7 @@ from rayft.data import store
 from rayft.models.hub import fetched_folder
 from s3_server import CREDENTIALS, S3, reached, serve
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
 
 STEPS = 20
 

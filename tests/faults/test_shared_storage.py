@@ -16,7 +16,7 @@ import pytest
 from rayft.actors.shared import check_shared
 from rayft.errors import ResourceError
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
 
 HIDING = 'mount -t tmpfs none "$1" && exec "$2" -m ray.scripts.scripts start --address "$3" --num-cpus 1 --block'
 """Starts a node in whose view the folder is another one."""
@@ -33,6 +33,7 @@ def blind_folder(tmp_path: Path) -> Iterator[Path]:
     hidden.mkdir()
     # `ray start` notes the cluster in its folder, and in the usual one every later ray.init() of this machine would join it.
     folder = tempfile.mkdtemp(prefix="ray-")
+    ray.shutdown()
     context = ray.init(num_cpus=1, include_dashboard=False, _temp_dir=folder)
     address = context.address_info["gcs_address"]
     command = ["unshare", "-m", "sh", "-c", HIDING, "sh", str(hidden), sys.executable, address]
