@@ -110,11 +110,22 @@ def export(cfg: AnyRun, step: int | None, out: str | None, merge: bool, best: bo
 
     cfg = with_start(absolute(cfg))
     restored = checkpoint_of(cfg, _best_step(cfg) if best else step)
-    target = plain(out) if out else store.join(cfg.run.dir, cfg.run.name, f"export-step-{restored.step}")
+    target = _free(plain(out)) if out else store.join(cfg.run.dir, cfg.run.name, f"export-step-{restored.step}")
     if merge and cfg.adapter.type == "none":
         raise ConfigError("--merge", None, "needs a run with an adapter", "Leave it out: every weight is exported")
     export_checkpoint(cfg, restored, target, merge)
     print(f"step {restored.step} is at {target}")
+
+
+def _free(target: str) -> str:
+    """The place, when nothing is lost there: an export replaces what it finds."""
+    from rayft.models.hub import EXPORT
+
+    if (Path(target).is_file() or store.sizes(target)) and not store.exists(store.join(target, EXPORT)):
+        raise ConfigError(
+            "--out", target, "is there already and is no export, and would be replaced", "Name a folder that is not there yet"
+        )
+    return target
 
 
 def _best_step(cfg: AnyRun) -> int:

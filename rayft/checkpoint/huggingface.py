@@ -244,7 +244,7 @@ def _temporary(target: Path) -> Path:
 def _fresh(target: Path) -> Path:
     folder = _temporary(target)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    store.make_folder(folder)
     return folder
 
 

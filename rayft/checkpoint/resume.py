@@ -95,11 +95,24 @@ def checkpoints_dir(home: Location) -> str:
 
 
 def committed(home: Location) -> list[Restored]:
-    """All committed checkpoints of a run's directory, oldest first."""
+    """All committed checkpoints of a run's directory, oldest first.
+
+    Raises:
+        DataError: a commit mark is damaged.
+    """
     top = checkpoints_dir(home)
     marks = [store.join(top, name) for name in store.sizes(top, f"step-*/{COMMITTED}")]
-    found = [Restored(mark.rpartition("/")[0], json.loads(text)) for mark, text in zip(marks, store.many(store.read, marks), strict=True)]
+    texts = store.many(store.read, marks)
+    found = [Restored(mark.rpartition("/")[0], _progress(mark, text)) for mark, text in zip(marks, texts, strict=True)]
     return sorted(found, key=lambda r: (r.step, int(r.progress["attempt"])))
+
+
+def _progress(mark: str, text: bytes) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except ValueError as problem:
+        remedy = "Delete that folder to resume from an older one, or choose a new run.name"
+        raise DataError(mark, None, f"cannot be read ({problem})", remedy) from problem
 
 
 def newest(home: Location) -> Restored | None:
@@ -188,6 +201,7 @@ def lease(home: Location, owner: str) -> Iterator[None]:
         owner: shown to whoever is refused.
 
     Raises:
+        ResourceError: the directory cannot be made or written.
         InfrastructureError: somebody else holds it, or took it over meanwhile because this process gave no sign of life.
     """
     file = store.join(home, LEASE)
@@ -196,6 +210,8 @@ def lease(home: Location, owner: str) -> Iterator[None]:
         _take_object(file, mine)
     else:
         store.make_folder(home)
+        if not os.access(home, os.W_OK):
+            raise store.not_writable(home, "the folder is not writable")
         with open(store.join(home, f".{LEASE}.lock"), "w") as mutex:
             fcntl.flock(mutex, fcntl.LOCK_EX)  # two drivers may find the same dead lease at once
             refuse_held(home)

@@ -10,6 +10,9 @@ from rayft.errors import ConfigError
 
 Refusals = Iterator[ConfigError]
 
+READY_REWARDS = ("exact", "format", "gsm8k", "length", "math")
+"""Rewards of rayft/rewards that a configuration names without a colon; that room lies above this one."""
+
 
 def groups_can_differ(cfg: GrpoRun) -> Refusals:
     """Every baseline here is made of the group's other answers."""
@@ -98,6 +101,12 @@ def reward_names_are_plain(cfg: GrpoRun) -> Refusals:
             yield ConfigError(field, None, "the name of a reward is made of letters, digits, - and _", "Rename the reward")
         if ":" in function.function and not SPEC.fullmatch(function.function):
             yield ConfigError(f"{field}.function", function.function, FORM, "Name one function, such as ./rewards.py:exact")
+        if ":" not in function.function and function.function not in READY_REWARDS:
+            remedy = f"Use one of {', '.join(READY_REWARDS)}, or name a function of your own, such as ./rewards.py:exact"
+            yield ConfigError(f"{field}.function", function.function, "is not the name of a ready reward", remedy)
+        if function.function in READY_REWARDS and function.batch:
+            rule = f"gives all answers of a group at once, and the ready reward {function.function} takes one"
+            yield ConfigError(f"{field}.batch", True, rule, "Leave it out")
 
 
 ONLINE_RULES: tuple[Callable[[GrpoRun], Refusals], ...] = (

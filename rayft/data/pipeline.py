@@ -88,7 +88,12 @@ def prepare(cfg: SftRun, split: Literal["train", "eval"], *, use_ray: bool) -> s
     if not shards.is_complete(directory):
         with exclusive(f"{directory}.lock", cfg.run.deadline_s):
             if not shards.is_complete(directory):
-                _fill(cfg, split, key, directory, tokenizer, use_ray=use_ray)
+                store.make_folder(directory)  # who held the lock before may have failed, and deleted it
+                try:
+                    _fill(cfg, split, key, directory, tokenizer, use_ray=use_ray)
+                except DataError:
+                    shards.remove_fruitless(directory)
+                    raise
     shards.verify(directory, shards.read_manifest(directory).shards)
     return directory
 

@@ -49,7 +49,7 @@ def prepare_prompts(cfg: GrpoRun, split: Literal["train", "eval"]) -> str:
     cfg = with_hub_files(cfg, split)
     folder = store.join(cache_dir(cfg), f"prompts-{split}-{_key(cfg, split, fingerprint(tokenizer))[:16]}")
     file = store.join(folder, FILE)
-    store.make_folder(folder)
+    store.make_folder(cache_dir(cfg))
     with exclusive(f"{folder}.lock", cfg.run.deadline_s):
         if not store.exists(file):
             _write(cfg, split, tokenizer, file)
@@ -159,6 +159,7 @@ def _write(cfg: GrpoRun, split: str, tokenizer: Tokenizer, file: str) -> None:
     if not found["tokens"]:
         rule = f"none of its rows gives a prompt; {dropped} are longer than rollout.max_prompt_tokens = {cfg.rollout.max_prompt_tokens}"
         raise DataError(f"data.{split}", None, rule, "Raise that, or correct the sources")
+    store.make_folder(file.rpartition("/")[0])
     with store.committed_file(file) as temporary:
         pq.write_table(pa.table(found, SCHEMA), Path(temporary))
     log.info("%s: %d prompts, %d longer than rollout.max_prompt_tokens left out; in %s", split, len(found["tokens"]), dropped, file)

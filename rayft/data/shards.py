@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -190,6 +191,14 @@ def remove_strays(directory: Location) -> None:
     if not store.is_url(directory):
         for temporary in Path(directory).glob(".*.tmp"):
             temporary.unlink(missing_ok=True)
+
+
+def remove_fruitless(directory: Location) -> None:
+    """Delete an unfinished folder in which no committed unit has rows: corrected input has other shards, in another folder."""
+    units = (json.loads(store.read(store.join(directory, name))) for name in store.sizes(directory, "[0-9]*.json"))
+    if not any(unit["shards"] for unit in units):
+        with suppress(OSError):  # an actor that is being stopped may still write there
+            store.delete_tree(directory)
 
 
 def write_shard(path: Location, rows: Sequence[Sequence[Document]], *, source_id: int, seq_len: int, pad_id: int) -> Shard:

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, TypeVar
 
-from rayft.errors import DataError, InfrastructureError, RayftError, room_for
+from rayft.errors import DataError, InfrastructureError, RayftError, ResourceError, room_for
 
 log = logging.getLogger("rayft")
 
@@ -204,9 +204,22 @@ def committed_file(location: Location) -> Iterator[Path]:
 
 
 def make_folder(location: Location) -> None:
-    """Make a folder with those above it; a store needs none."""
-    if not is_url(location):
+    """Make a folder with those above it; a store needs none.
+
+    Raises:
+        ResourceError: it cannot be made: a file is in the way, or the place is not writable.
+    """
+    if is_url(location):
+        return
+    try:
         Path(location).mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise not_writable(location, f"the folder cannot be made ({problem.strerror})") from problem
+
+
+def not_writable(location: Location, rule: str) -> ResourceError:
+    """What to say of a folder that nothing can be written into."""
+    return ResourceError(os.fspath(location), None, rule, "Make it writable, or name another folder (run.dir, data.cache_dir, --out)")
 
 
 def sizes(location: Location, pattern: str = "**/*") -> dict[str, int]:

@@ -245,10 +245,29 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             "model.path", str(folder), "holds no safetensors file", "Save the model with save_pretrained, or use model.init=random"
         )
     for file in files:
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        shapes |= {name: tuple(entry["shape"]) for name, entry in _header(file).items()}
     return shapes
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """Name -> entry of every tensor in a safetensors file.
+
+    Raises:
+        DataError: it is none, or has another size than its header says, as after a broken download.
+    """
+    size, remedy = file.stat().st_size, "Fetch or save the file again"
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        content = stream.read(length) if length <= size else b""
+    try:
+        header: dict[str, Any] = json.loads(content)
+    except ValueError as problem:
+        raise DataError(str(file), None, "is no safetensors file, or a damaged one", remedy) from problem
+    header.pop("__metadata__", None)
+    wanted = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != wanted:
+        raise DataError(str(file), None, f"has {size} bytes instead of {wanted}", remedy)
+    return header
 
 
 def _draw(module: PreTrainedModel, base: Mapping[str, Tensor], seed: int) -> None:

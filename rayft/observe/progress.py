@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from rayft.errors import DataError
 from rayft.observe.log import decode
 
 _SHOWN = (
@@ -96,8 +97,15 @@ class _Tail:
         for line in lines:
             if (key := hash(line)) not in self._seen:
                 self._seen.add(key)
-                new.append(decode(line))
+                new.append(self._record(line))
         return new
+
+    def _record(self, line: bytes) -> dict[str, Any]:
+        try:
+            return decode(line)
+        except ValueError as problem:
+            rule = "is not a record of metrics"
+            raise DataError(str(self._path), line[:60].decode(errors="replace"), rule, "Delete that line, or restore the file") from problem
 
     def close(self) -> None:
         if self._file is not None:

@@ -224,8 +224,10 @@ def test_workers_without_the_file_say_so(corpus: Path, tmp_path: Path, ray_clust
         return units
 
     monkeypatch.setattr(pipeline, "plan_units", plan_and_lose)
-    sentence, _ = refuse(run(corpus, tmp_path / "cache", train={"gone": {"path": str(file)}}), use_ray=True)
-    assert "the file is not there on node" in sentence
+    cfg = run(corpus, tmp_path / "cache", train={"gone": {"path": str(file)}})
+    with pytest.raises(DataError, match="the file is not there on node"):
+        prepare(cfg, "train", use_ray=True)
+    assert list(Path(str(cfg.data.cache_dir)).iterdir()) == []
 
 
 def test_a_folder_that_the_driver_does_not_see_is_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ ROOMS_OF_LIBRARY: dict[str, tuple[str, ...]] = {
     "triton": ("kernels/rayft_kernels/", "kernels/bench/"),
     "yaml": ("rayft/config/",),
     "argparse": ("rayft/config/", "rayft/cli.py"),
+    "math_verify": ("rayft/rewards/",),
     "wandb": ("rayft/observe/",),
     "mlflow": ("rayft/observe/",),
     "trackio": ("rayft/observe/",),

@@ -11,7 +11,7 @@ from unittest import mock
 from rules.source_tree import ROOT, imports, sources
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-DISTRIBUTION_OF = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "mlflow": "mlflow-skinny"}
+DISTRIBUTION_OF = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "math_verify": "math-verify", "mlflow": "mlflow-skinny"}
 """Import name -> distribution, where they differ."""
 NOT_IMPORTED = {
     "s3fs": "fsspec loads it for s3://",
@@ -33,7 +33,7 @@ def test_libraries_are_declared_if_and_only_if_they_are_imported() -> None:
     imported = {module.split(".")[0] for source in sources() for _, module in imports(source)}
     needed = {DISTRIBUTION_OF.get(name, name) for name in imported - set(sys.stdlib_module_names) - OWN - WITH_TORCH}
     always = declared(PROJECT["dependencies"])
-    extras = declared(*(PROJECT["optional-dependencies"][name] for name in ("rollout", "optim8bit", "trackers")))
+    extras = declared(*(PROJECT["optional-dependencies"][name] for name in ("rollout", "optim8bit", "rewards", "trackers")))
     assert needed - extras == always - NOT_IMPORTED.keys()
     assert extras <= needed | NOT_IMPORTED.keys()
 
