@@ -69,13 +69,12 @@ class RayFeed:
 
     def fetch(self, order: Order) -> tuple[dict[int, Group], list[int]]:
         """The order's groups by number, and the numbers of those that cannot be had."""
-        try:
-            return dict(zip(order.groups, ray.get(list(order.groups.values()), timeout=ANSWER_S), strict=True)), []
-        except RayError:
-            found: dict[int, Group] = {}
+        references = list(order.groups.values())
+        there, _ = ray.wait(references, num_returns=len(references), timeout=ANSWER_S) if references else ([], [])
+        found: dict[int, Group] = {}
         for number, reference in order.groups.items():
             try:
-                found[number] = ray.get(reference, timeout=ANSWER_S)
+                found[number] = ray.get(reference, timeout=ANSWER_S if reference in there else 0)
             except RayError as problem:
                 log.warning("a group of step %d is lost (%s); it is made again", order.step, type(problem).__name__)
         return found, [number for number in order.groups if number not in found]

@@ -17,6 +17,8 @@ log = logging.getLogger("rayft")
 
 EVERY_S = 15.0
 """Time between copies."""
+WEIGHTS = "weights/"
+"""Files on their way to engines, which end with the push."""
 DRIVERS = {"config.yaml", "attempts.jsonl", "lease.json", "evaluation.json"}
 """Files of the run's directory that are written to the store itself."""
 
@@ -103,6 +105,8 @@ class _Copies:
         with self._one_at_a_time:
             for file in sorted(self._folder.rglob("*")):
                 name = file.relative_to(self._folder).as_posix()
+                if name.startswith(WEIGHTS):
+                    continue
                 if file.is_file() and not file.name.startswith(".") and file.suffix not in (".new", ".tmp"):
                     stat = file.stat()
                     state = (stat.st_mtime_ns, stat.st_size)

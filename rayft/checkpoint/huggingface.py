@@ -93,7 +93,7 @@ def export_full(module: Any, model: Model, dtype: torch.dtype, target: Location,
         target: the folder to make, by path or URL.
         step: optimizer steps taken.
     """
-    state = {name: value.to(dtype) for name, value in _merged(module).items()}
+    state = _merged(module, dtype)
     if store.is_url(target):
         _export_objects(module, model, state, dtype, str(target), step)
     else:
@@ -197,8 +197,8 @@ def _bytes(state: Mapping[str, Tensor]) -> int:
     return sum(value.numel() * value.element_size() for value in state.values())
 
 
-def _merged(module: Any) -> dict[str, Tensor]:
-    """Checkpoint name -> weight, with W + scaling B A in float32 where there is an adapter; the model keeps its own."""
+def _merged(module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Checkpoint name -> weight in `dtype`, W + scaling B A in float32 before where there is an adapter; the model keeps its own."""
     parameters = {
         hf_name(name): p.detach() for name, p in module.named_parameters() if not is_adapter(name) and ".original_module." not in name
     }
@@ -208,8 +208,9 @@ def _merged(module: Any) -> dict[str, Tensor]:
             update = part.lora_B["default"].weight.detach().float() @ part.lora_A["default"].weight.detach().float()
             base = parameters[key].float()
             # A frozen weight that a rank has all of is not sharded, whatever its adapter is.
-            parameters[key] = base + part.scaling["default"] * (update if isinstance(base, DTensor) else _full(update))
-    return parameters
+            merged = base + part.scaling["default"] * (update if isinstance(base, DTensor) else _full(update))
+            parameters[key] = merged.to(dtype)  # here, so that there is one float32 weight at a time
+    return {name: value.to(dtype) for name, value in parameters.items()}
 
 
 def _files(state: Mapping[str, Tensor]) -> dict[str, int]:

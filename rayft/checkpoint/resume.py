@@ -278,15 +278,15 @@ def _beat(file: str, mine: dict[str, Any], stop: threading.Event, lost: threadin
     """Renew the lease until `stop`, or until it is somebody else's."""
     while not stop.wait(LEASE_BEAT_S):
         try:
-            if not store.is_url(file):
-                _write_lease(file, mine)
-            elif (holder := _read_lease(file)) is not None and holder["token"] != mine["token"]:
+            if (holder := _read_lease(file)) is not None and holder["token"] != mine["token"]:
                 log.error("%s now belongs to %s", file, holder["owner"])
                 lost.set()
                 return
-            else:
+            if store.is_url(file):
                 store.write(file, _signed(mine))
-        except RayftError as problem:
+            else:
+                _write_lease(file, mine)
+        except (RayftError, OSError) as problem:
             log.warning("the lease is not renewed: %s", problem)
 
 

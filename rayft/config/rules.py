@@ -122,6 +122,18 @@ def workers_divide_into_replicas(cfg: AnyRun) -> Refusals:
         yield ConfigError("parallel.replicas", replicas, rule, f"Use one of {', '.join(map(str, divisors))}")
 
 
+def offloaded_state_has_its_optimizer(cfg: AnyRun) -> Refusals:
+    """Adafactor and Muon put sums and updates on the GPU, and rows of model.unfrozen are held there."""
+    if not cfg.parallel.cpu_offload:
+        return
+    if cfg.optim.type != "adamw":
+        rule = "cannot update parameters that parallel.cpu_offload keeps on the host"
+        yield ConfigError("optim.type", cfg.optim.type, rule, "Use optim.type=adamw, or parallel.cpu_offload=false")
+    if cfg.model.unfrozen:
+        rule = "cannot hold rows of parameters that parallel.cpu_offload keeps on the host"
+        yield ConfigError("model.unfrozen", ", ".join(cfg.model.unfrozen), rule, "Leave one of both out")
+
+
 def run_ends_within_its_schedule(cfg: AnyRun) -> Refusals:
     """A stop after the last step would never come."""
     run = cfg.run
@@ -302,6 +314,7 @@ RULES: tuple[Callable[[AnyRun], Refusals], ...] = (
     columns_belong_to_the_format,
     role_and_content_differ,
     workers_divide_into_replicas,
+    offloaded_state_has_its_optimizer,
     run_ends_within_its_schedule,
     evaluation_has_sources,
     trackers_are_named,

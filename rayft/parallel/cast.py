@@ -59,6 +59,7 @@ def _put(value: Any, holder: list[Place]) -> None:
 class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, compute: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)  # what is not used gets no gradient, instead of zeros
         ctx.types = [weight.dtype for weight in weights]
         cast = _cast(weights, [compute] * len(weights))
         ctx.mark_non_differentiable(*(value for value, wanted in zip(cast, ctx.needs_input_grad[1:], strict=True) if not wanted))

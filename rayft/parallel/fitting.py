@@ -84,6 +84,8 @@ def _smaller(cfg: SftRun, device: str) -> Iterator[SftRun]:
     saved: dict[str, Any] = {}
     for name, value in SAVINGS:
         helps = name == "activation_checkpointing" or device == "cuda"
+        if name == "cpu_offload" and (cfg.optim.type != "adamw" or cfg.model.unfrozen):
+            continue
         if helps and getattr(cfg.parallel, name) not in (value, "full"):
             saved[name] = value
             yield from (changed(cfg, {"micro_rows": number}, saved) for number in (now, *fewer))

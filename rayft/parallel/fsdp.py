@@ -35,7 +35,9 @@ def shard(
         cpu_offload: parameters, gradients and optimizer states stay on the host, pinned where there is a GPU to copy to.
     """
     axis = mesh.state
-    offload = CPUOffloadPolicy(pin_memory=mesh.axes.device_type == "cuda") if cpu_offload else OffloadPolicy()
+    # With replicas torch 2.11 frees a gradient while it is still copied to pinned memory (pytorch PR 180665); other copies wait.
+    pin = mesh.axes.device_type == "cuda" and mesh.axes["dp_replicate"].size() == 1
+    offload = CPUOffloadPolicy(pin_memory=pin) if cpu_offload else OffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
     for layer in layers:
         fully_shard(layer, mesh=axis, mp_policy=policy, offload_policy=offload, reshard_after_forward=True)

@@ -13,6 +13,9 @@ from rayft.parallel.cast import in_type
 from rayft.parallel.mesh import Mesh
 from rayft.types import ModelSpec
 
+RECOMPILE_LIMIT = 128
+"""Graphs of one function: layers of different constants, kinds of masks and, in GRPO, numbers of tokens each need one."""
+
 
 def parallelize(module: Any, spec: ModelSpec, parallel: Parallel, mesh: Mesh, compute: torch.dtype, reduce: torch.dtype) -> None:
     """Compile, then checkpointing and offloading around it, then FSDP2. Tensor and pipeline parallelism would come first.
@@ -26,6 +29,8 @@ def parallelize(module: Any, spec: ModelSpec, parallel: Parallel, mesh: Mesh, co
         mesh: from `build_mesh`.
         compute, reduce: precisions.
     """
+    # Beyond its limit, 8 by default, dynamo runs uncompiled without a word: flex attention then holds all scores at once.
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = RECOMPILE_LIMIT, 8 * RECOMPILE_LIMIT
     layers = layers_of(module, spec.layers)
     alone = mesh.batch.size() == 1 and not (parallel.cpu_offload and mesh.axes.device_type == "cuda")
     activation.wrap_layers(

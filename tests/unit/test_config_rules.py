@@ -58,6 +58,11 @@ REFUSED = [
         ["parallel.workers=6", "parallel.replicas=4"],
         "parallel.replicas = 4: does not divide parallel.workers = 6. Use one of 1, 2, 3, 6.",
     ),
+    (
+        ["parallel.cpu_offload=true", "optim.type=muon"],
+        "optim.type = 'muon': cannot update parameters that parallel.cpu_offload keeps on the host. "
+        "Use optim.type=adamw, or parallel.cpu_offload=false.",
+    ),
     (["batch.micro_rows=9"], "batch.micro_rows = 9: is more than batch.rows = 8, the rows of a whole step. Use 8 or less."),
     (
         ["run.max_steps=10", "run.stop_at=11"],
