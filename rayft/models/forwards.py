@@ -92,6 +92,7 @@ def attention_forward(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
+    cache: Any = None,
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -106,8 +107,8 @@ def attention_forward(
     """
     assert position_embeddings is not None
     query, key, value = _rotated(self, _projected(self, hidden_states), position_embeddings)
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, self.layer_idx)
+    if (kept := cache if past_key_values is None else past_key_values) is not None:
+        key, value = kept.update(key, value, self.layer_idx)
     return _attended(self, hidden_states, query, key, value, attention_mask, kwargs)
 
 
@@ -117,6 +118,7 @@ def gemma4_attention_forward(
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None,
     shared_kv_states: Any,
+    cache: Any = None,
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -135,8 +137,8 @@ def gemma4_attention_forward(
     query, key, value = (None if x is None else x.transpose(1, 2) for x in _gemma4_rotated(self, query, key, value, position_embeddings))
     if self.is_kv_shared_layer:
         key, value = shared_kv_states[self.layer_type]
-    elif past_key_values is not None:
-        key, value = past_key_values.update(key, value, self.layer_idx)
+    elif (kept := cache if past_key_values is None else past_key_values) is not None:
+        key, value = kept.update(key, value, self.layer_idx)
     if self.store_full_length_kv:
         shared_kv_states[self.layer_type] = key, value
     return _attended(self, hidden_states, query, key, value, attention_mask, kwargs)

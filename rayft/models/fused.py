@@ -227,12 +227,16 @@ def _choice(number: int, part: Part, kernel: str, why_not: str | None) -> Choice
     return Choice(number, part, PLAIN, why_not) if why_not else Choice(number, part, kernel, "")
 
 
+CACHES = {"cache", "past_key_values"}
+"""What transformers calls the cache of keys and values, from 5.24 on and before."""
+
+
 def _other_attention(attention: Any, family: Family | None) -> str | None:
     """Why the written-out forward may not stand for this attention, or None."""
     name = type(attention).__name__
     if family is None:
         return f"{name} is not among the attention classes that were compared"
-    taken, expected = (set(inspect.signature(forward).parameters) for forward in (type(attention).forward, family.forward))
+    taken, expected = (set(inspect.signature(forward).parameters) - CACHES for forward in (type(attention).forward, family.forward))
     if taken != expected:
         return f"{name} takes other arguments in this version of transformers: {', '.join(sorted(taken ^ expected))}"
     if _inputs(attention) not in family.inputs:
