@@ -55,7 +55,7 @@ def test_a_commit_that_a_callback_refuses(site: Path) -> None:
     sentence = f"hooks.py:refuse_commit': raised ValueError at checkpoint_committing of step {FAILING_STEP}: this checkpoint is refused."
     assert "error (training): run.callbacks = " in job.text() and sentence in job.text()
     assert attempts(job.run_dir) == [2]
-    assert not list(checkpoints_dir(job.run_dir).glob(f"step-{FAILING_STEP:08d}-*/{COMMITTED}"))
+    assert not list(Path(checkpoints_dir(job.run_dir)).glob(f"step-{FAILING_STEP:08d}-*/{COMMITTED}"))
 
 
 def test_a_full_disk(site: Path, undisturbed: Path) -> None:
