@@ -1,7 +1,8 @@
 """Mixed precision where one rank has all of the weights and nothing needs to be gathered or reduced.
 
-FSDP2 gives the same numbers, but on a single rank it costs host time for every parameter of every layer (docs/benchmarks.md) and copies what it need not: here weights that are held in another type than the compute type are cast by one
-operation a layer, and all others are used as they are.
+FSDP2 gives the same numbers, but on a single rank it costs host time for every parameter of every layer (docs/benchmarks.md) and
+copies what it need not: here weights that are held in another type than the compute type are cast by one operation a layer, and all
+others are used as they are.
 """
 
 from __future__ import annotations
