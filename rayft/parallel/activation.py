@@ -24,8 +24,8 @@ def wrap_layers(
 ) -> None:
     """Replace each layer's forward on the instance, which changes no parameter name and leaves FSDP's hooks outside.
 
-    Checkpointing goes around the compiled forward: inside of it the attention, which is not compiled, would break the
-    graph in the middle of a checkpointed region, and then nothing would be compiled. It is always non-reentrant:
+    Checkpointing goes around the compiled forward: inside of it an attention that is not compiled, as on a CPU, would break
+    the graph in the middle of a checkpointed region, and then nothing would be compiled. It is always non-reentrant:
     reentrant checkpointing loses the gradient of tensors that layers share (keys and values in Gemma 4). Nothing in a
     layer draws from a random state, so none is saved.
 

@@ -12,6 +12,7 @@ block-diagonal mask (docs/benchmarks.md), and flex has no backward there.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -28,31 +29,50 @@ MASK_BLOCK = 128
 
 
 class Layout:
-    """The documents of one micro-batch as attention reads them. Opaque to torch.compile: only uncompiled code looks inside.
+    """The documents of one micro-batch as attention reads them.
+
+    Compiled layers look inside and guard on what they find: only `uniform`, `wanted` and the shapes of the masks may be read there, since
+    whatever else differs from batch to batch would compile them anew.
 
     Attributes:
         lengths: document lengths on the host; they sum to T.
-        cu_seqlens: int32 [capacity + 1] on the device.
         uniform: length of the documents when all are equally long, else None.
         wanted: parallel.attention.
-        calls: attention calls served, counted to prove that every layer came here.
+        masks: window -> flex_attention's mask, for every window of the model, where some layer takes flex.
     """
 
-    __slots__ = ("calls", "cu_seqlens", "lengths", "masks", "uniform", "wanted")
+    __slots__ = ("lengths", "masks", "uniform", "wanted")
 
-    def __init__(self, batch: Batch, wanted: str) -> None:
+    def __init__(self, batch: Batch, wanted: str, windows: Iterable[int | None] = (None,), *, capped: bool = False) -> None:
         self.lengths = batch.document_lengths
-        self.cu_seqlens = batch.cu_seqlens
         self.uniform = self.lengths[0] if len(set(self.lengths)) == 1 else None
         self.wanted = wanted
-        self.masks: dict[int | None, Any] = {}
-        self.calls = 0
+        flex = wanted == "flex" or (wanted != "sdpa" and batch.tokens.device.type == "cuda")
+        needed = [window for window in windows if capped or not _whole_rows(self.uniform, window)] if flex else []
+        self.masks = {window: _document_mask(batch.cu_seqlens, self.lengths, window) for window in needed}
 
-    def block_mask(self, window: int | None) -> Any:
-        """flex_attention's mask for one window size; built once per micro-batch and shared by all layers of that kind."""
-        if window not in self.masks:
-            self.masks[window] = _document_mask(self.cu_seqlens, self.lengths, window)
-        return self.masks[window]
+
+def layouts(module: nn.Module, wanted: str) -> Callable[[Batch], Layout]:
+    """What turns a batch into its layout, for the windows and caps of this model's layers.
+
+    Args:
+        module: a transformers model.
+        wanted: parallel.attention.
+    """
+    config: Any = module.config
+    everywhere = getattr(config, "sliding_window", None)
+    windows = {getattr(part, "sliding_window", everywhere) for part in module.modules() if _is_attention(part)}
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return functools.partial(Layout, wanted=wanted, windows=windows, capped=capped)
+
+
+def _is_attention(part: nn.Module) -> bool:
+    return hasattr(part, "head_dim") and hasattr(part, "o_proj")
+
+
+def _whole_rows(uniform: int | None, window: int | None) -> bool:
+    """Whether plain causal attention of each row is right."""
+    return uniform is not None and (window is None or window >= uniform)
 
 
 def choose(head_dim: int, device_type: str, wanted: str) -> tuple[Backend, str]:
@@ -79,11 +99,10 @@ def choices(module: nn.Module, device_type: str, wanted: str) -> dict[str, tuple
     return {
         name: choose(int(part.head_dim), device_type, wanted)
         for name, part in module.named_modules()
-        if hasattr(part, "head_dim") and hasattr(part, "o_proj")
+        if _is_attention(part)
     }
 
 
-@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -114,32 +133,34 @@ def packed_attention(
     """
     if attention_mask is not None or dropout:
         raise RuntimeError("packed attention takes neither a mask nor attention dropout")
-    layout.calls += 1
-    longest = max(layout.lengths)
-    window = sliding_window if sliding_window is not None and sliding_window < longest else None
-    if layout.uniform is not None and window is None and softcap is None:
+    if softcap is None and _whole_rows(layout.uniform, sliding_window):
         out = _rows(query, key, value, layout.uniform, scaling)
     elif choose(query.shape[-1], query.device.type, layout.wanted)[0] == "documents":
-        out = _documents(query, key, value, layout.lengths, scaling, window, softcap)
+        out = _documents(query, key, value, layout, scaling, sliding_window, softcap)
     else:
-        out = _flex(query, key, value, layout, scaling, window, softcap)
+        out = _flex(query, key, value, layout.masks[sliding_window], scaling, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _rows(query: Tensor, key: Tensor, value: Tensor, length: int, scaling: float | None) -> Tensor:
+def _rows(query: Tensor, key: Tensor, value: Tensor, length: int | None, scaling: float | None) -> Tensor:
     """Equally long documents as a batch: plain causal SDPA."""
     # squeeze, because the backward of indexing with 0 would fill a whole tensor with zeros and copy into it
+    assert length is not None
     q, k, v = (x.squeeze(0).unflatten(1, (-1, length)).transpose(0, 1) for x in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(0, 1).flatten(1, 2)[None]
 
 
+@torch.compiler.disable
 def _documents(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float | None, window: int | None, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
-    """SDPA per document, with a band mask where a window bites and written-out scores where they are capped."""
+    """SDPA per document, with a band mask where a window bites and written-out scores where they are capped.
+
+    Never compiled: its shapes are the documents' own.
+    """
     parts = []
-    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+    for q, k, v in zip(*(x.split(layout.lengths, dim=2) for x in (query, key, value)), strict=True):
         gqa = q.shape[1] != k.shape[1]
         if softcap is not None:
             parts.append(_capped(q, k, v, scaling, window, softcap))
@@ -166,25 +187,30 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wi
     return torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype) @ value
 
 
-def _flex(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None, window: int | None, softcap: float | None
-) -> Tensor:
+def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, softcap: float | None) -> Tensor:
     options = (
         {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_M1": 32, "BLOCK_N1": 32, "BLOCK_M2": 32, "BLOCK_N2": 32, "num_stages": 1}
         if query.shape[-1] > 256
         else None
     )
-    out: Tensor = _compiled_flex()(
+    out: Tensor = _flex_attention()(
         query,
         key,
         value,
         score_mod=None if softcap is None else _softcap_mod(softcap),
-        block_mask=layout.block_mask(window),
+        block_mask=mask,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
         kernel_options=options,
     )
     return out
+
+
+def _flex_attention() -> Any:
+    """flex_attention: part of the layer's graph where the layer is compiled, otherwise a graph of its own, for uncompiled it holds all scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention if torch.compiler.is_compiling() else _compiled_flex()
 
 
 @functools.cache

@@ -46,7 +46,7 @@ def build_model(cfg: AnyRun, session: Session, mesh: Mesh) -> Any:
     module.trained_rows = select.unfreeze(module, cfg.model.unfrozen) if cfg.model.unfrozen else {}
     patch.apply_fixes(module, spec)
     choices = fused.fuse(module, spec, cfg.adapter, device_type, cfg.kernels)
-    heads.attach_score(module, lambda batch: attention.Layout(batch, cfg.parallel.attention), cfg.run.seed)
+    heads.attach_score(module, attention.layouts(module, cfg.parallel.attention), cfg.run.seed)
     parallelize(module, spec, cfg.parallel, mesh, compute, getattr(torch, cfg.model.reduce_dtype))
     load.materialise(module, cfg.model, cfg.run.seed, session.device, cpu_offload=cfg.parallel.cpu_offload)
     select.hold_rows(module, module.trained_rows)

@@ -48,3 +48,40 @@ def test_fifty_batches_of_different_documents_compile_nothing_after_warm_up(tmp_
         assert none[-1] == 0 < graphs[WARM_UP]
         assert graphs[-1] == graphs[WARM_UP], graphs
         np.testing.assert_allclose(compiled, plain, rtol=1e-5)
+
+
+def flex_losses_and_graphs(rank: int, world: int, folder: str) -> tuple[list[float], list[float], list[int]]:
+    """Losses by document and by flex attention in compiled layers, and the graphs after each batch; forward only, for flex has no backward here."""
+    import torch
+
+    from rayft.losses.supervised import NEED
+    from rayft.parallel import attention
+    from rayft.parallel.mesh import build_mesh
+    from rayft.train.build import build_model
+
+    session = Session(rank=rank, world_size=world, local_rank=rank, device="cpu", run_dir=Path("."), report=lambda *_: None, deadline_s=60)
+    mesh = build_mesh("cpu", world)
+    losses: list[list[float]] = []
+    graphs: list[int] = []
+    for flex in (False, True):
+        overrides = ["parallel.compile=true", "parallel.attention=flex"] if flex else []
+        cfg: Any = load([], ["method=sft", "run.name=x", f"model.path={folder}", "data.train.a.path=x", *overrides])
+        if flex:
+            attention.choose = lambda *_: ("flex", "")
+        model = build_model(cfg, session, mesh)
+        rng, found = np.random.default_rng(0), []
+        with torch.no_grad():
+            for index in range(8):
+                cuts = np.sort(rng.choice(np.arange(1, 256), size=rng.integers(2, 9), replace=False))
+                lengths = np.diff(np.concatenate([[0], cuts, [256]])).tolist()
+                found.append(model.score(make_batch([lengths], seed=index), NEED).nll_sum.item())
+                graphs.append(int(torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+        losses.append(found)
+    return losses[0], losses[1], graphs[8:]
+
+
+def test_flex_attention_is_part_of_a_layers_one_graph(tmp_path: Path) -> None:
+    """One graph for each kind of layer (Gemma 3: with and without a window), whatever the documents."""
+    plain, flex, graphs = run_ranks(1, flex_losses_and_graphs, str(write_model("gemma3", tmp_path)))[0]
+    assert graphs == [2] * 8
+    np.testing.assert_allclose(flex, plain, rtol=1e-5)

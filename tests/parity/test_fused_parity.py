@@ -57,7 +57,7 @@ def built(folder: str, kernels: Kernels, overrides: list[str], order: tuple[str,
             activation.wrap_layers(
                 layers, compile_layers=cfg.parallel.compile, recompute=cfg.parallel.activation_checkpointing, offload=False
             )
-    heads.attach_score(module, lambda batch: attention.Layout(batch, "auto"), 0)
+    heads.attach_score(module, attention.layouts(module, "auto"), 0)
     loading.materialise(module, cfg.model, 0, "cpu")
     torch.manual_seed(1)
     for name, parameter in module.named_parameters():
