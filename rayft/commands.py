@@ -7,11 +7,11 @@ import importlib.metadata
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rayft.config import environment
 from rayft.config.paths import absolute, plain
-from rayft.config.schema import Adapter, AnyRun, SftRun
+from rayft.config.schema import Adapter, AnyRun, GrpoRun, SftRun
 from rayft.data import store
 from rayft.errors import ConfigError, ResourceError
 from rayft.types import Launch
@@ -51,7 +51,7 @@ def evaluate(cfg: SftRun, model: str | None, local: bool) -> None:
         raise ConfigError("data.eval", None, "names no source to evaluate on", "Add one, such as data.eval.test.path=test.jsonl")
     if model is not None:
         changed = {
-            "model": cfg.model.model_copy(update={"path": model, "init": "pretrained"}),
+            "model": cfg.model.model_copy(update={"path": model, "init": "pretrained", "quantize": "none"}),
             "adapter": Adapter(),
             "run": cfg.run.model_copy(update={"name": f"{cfg.run.name}-evaluate"}),
         }
@@ -185,6 +185,43 @@ def push(cfg: SftRun, repo: str, merged: bool, private: bool, dry_run: bool) -> 
         print(f"step {step} is at {push_folder(folder, files, card, repo, private)}")
 
 
+def trace(cfg: AnyRun, step: int | None, out: Path) -> None:
+    """Write what the actors of an online run did as a Chrome trace: all of it, or what overlaps a step."""
+    from rayft.observe.trace import chrome_trace, spans_of, window
+
+    journal = [line for line in _lines_of(cfg, "journal.jsonl") if "time" in line]
+    metrics = [record for record in _lines_of(cfg, "metrics.jsonl") if "event" not in record]
+    spans = spans_of(journal, metrics)
+    chosen = spans if step is None else window(spans, step)
+    if not chosen:
+        raise ConfigError("--step", step, "the run has no times of it", "Take one that it trained, or leave --step out")
+    out.write_text(json.dumps(chrome_trace(chosen)), encoding="utf-8")
+    seconds = max(span.end for span in chosen) - min(span.start for span in chosen)
+    print(f"{len(chosen)} spans over {seconds:.1f} s are in {out}; open it in chrome://tracing or ui.perfetto.dev")
+
+
+def samples(cfg: AnyRun, step: int | None) -> None:
+    """Show the answers that the run wrote down at a step, or at the newest one that has some."""
+    from rich.console import Console
+
+    from rayft.observe.samples import table
+
+    lines = _lines_of(cfg, "samples.jsonl")
+    shown = [line for line in lines if line["step"] == (step if step is not None else lines[-1]["step"])]
+    if not shown:
+        raise ConfigError("--step", step, "has no samples", f"The steps with samples are {sorted({line['step'] for line in lines})}")
+    Console().print(table(shown))
+
+
+def _lines_of(cfg: AnyRun, name: str) -> list[dict[str, Any]]:
+    """Records of a file of the run, not empty; half a line at its end is left out."""
+    place = store.join(absolute(cfg).run.dir, cfg.run.name, name)
+    lines = store.read(place).split(b"\n")[:-1] if store.exists(place) else []
+    if not lines:
+        raise ConfigError("run.name", cfg.run.name, f"has no {place}", "Train it first, for samples with rollout.samples or eval.samples")
+    return [json.loads(line) for line in lines]
+
+
 def _card(cfg: SftRun, step: int, adapter: bool) -> str:
     """The model card of a run's export."""
     from rayft.data.hub import is_hub_id
@@ -210,15 +247,21 @@ def _card(cfg: SftRun, step: int, adapter: bool) -> str:
     )
 
 
-def plan(cfg: SftRun) -> None:
+def plan(cfg: AnyRun) -> None:
     """Print the sizes that follow from the configuration, what the cluster must offer, and memory by part; refuse a shortfall."""
+    if isinstance(cfg, SftRun):
+        _plan_rows(cfg)
+    else:
+        _plan_online(cfg)
+
+
+def _plan_rows(cfg: SftRun) -> None:
     from rayft.actors import placement
     from rayft.actors.export import with_start
-    from rayft.models.fused import report
     from rayft.models.load import read_config
     from rayft.observe.flops import shape_of
     from rayft.parallel import fitting, memory
-    from rayft.train.build import kernel_choices
+    from rayft.train.build import planned_lines
 
     cfg = with_start(absolute(cfg))
     resources = placement.resources_in_reach()
@@ -234,7 +277,7 @@ def plan(cfg: SftRun) -> None:
     print(f"step      {cfg.batch.rows} rows of {cfg.data.seq_len} tokens = {cfg.batch.rows * cfg.data.seq_len:,} tokens")
     print(f"          in {-(-cfg.batch.rows // stride)} micro-batches of {chosen.batch.micro_rows} rows a worker{_why(cfg, device)}")
     print(f"schedule  {_schedule(cfg)}")
-    for line in report(kernel_choices(cfg, device)):
+    for line in planned_lines(cfg, device):
         print(f"kernels   {line}")
     if shape is None:
         print("memory    not estimated: the formulas do not cover this architecture")
@@ -245,6 +288,45 @@ def plan(cfg: SftRun) -> None:
     placement.check_cluster(need, resources)
     if shape is not None:
         _check_memory(shape, chosen, device, resources)
+    print("fits")
+
+
+def _plan_online(cfg: GrpoRun) -> None:
+    """A step, who works on what, and the memory of a worker and of an engine."""
+    from rayft.actors import placement, refusals
+    from rayft.actors.export import with_start
+    from rayft.models.load import read_config
+    from rayft.observe.flops import shape_of
+    from rayft.parallel import memory, online_memory
+    from rayft.train.build import planned_lines
+
+    cfg = with_start(absolute(cfg))
+    resources = placement.resources_in_reach()
+    device = placement.resolve_device(cfg.parallel, resources)
+    rollout, shape = cfg.rollout, shape_of(read_config(cfg.model))
+    refusals.check_context(cfg)
+    print(f"run       {store.join(cfg.run.dir, cfg.run.name)}")
+    print(f"workers   {cfg.parallel.workers} on {device}, {cfg.placement.mode} from the engines")
+    print(f"engines   {rollout.engines} of {rollout.engine}, {rollout.tensor_parallel} devices each")
+    print(f"step      {rollout.prompts_per_step} prompts with {rollout.group_size} answers each, in {cfg.algorithm.updates} updates")
+    print(f"          in micro-batches of {cfg.micro_tokens:,} tokens, at most {rollout.max_staleness} steps behind")
+    print(f"schedule  {f'{cfg.run.max_steps} steps' if cfg.run.max_steps else f'{cfg.run.epochs:g} epochs of the prompts'}")
+    for line in planned_lines(cfg, device):
+        print(f"kernels   {line}")
+    if shape is None:
+        print("memory    not estimated: the formulas do not cover this architecture")
+    else:
+        weights, needed = memory.weights_of(shape, cfg.adapter, cfg.model.unfrozen), online_memory.estimate_online(shape, cfg, device)
+        print(f"weights   {weights.base / 1e6:,.1f} M, {weights.trained / 1e6:,.2f} M trained")
+        _print_memory(needed.trainer)
+        print(f"          {sum(needed.engine.values()) / 2**30:.2f} GiB an engine, on each of its devices:")
+        for part, size in needed.engine.items():
+            print(f"          {size / 2**30:8.3f}  {part}")
+    placement.check_cluster(placement.need_of(cfg.parallel, device), resources)
+    refusals.check_pool(cfg, device == "cuda", resources)
+    room = _room(device, resources)
+    if shape is not None and room is not None:
+        online_memory.require_room(shape, cfg, device, room)
     print("fits")
 
 
@@ -312,10 +394,9 @@ def _check_memory(shape: ModelShape, cfg: SftRun, device: str, resources: dict[s
     from rayft.parallel import fitting, memory
 
     workers, each = cfg.parallel.workers, memory.estimate(shape, cfg, device).total
-    together = device == "cpu"
-    if not together and not torch.cuda.is_available():
+    together, room = device == "cpu", _room(device, resources)
+    if room is None:
         return
-    room = resources["memory"] if together else float(torch.cuda.get_device_properties(0).total_memory)
 
     def part(run: SftRun, plan: MemoryPlan) -> float:
         return plan.total * (run.parallel.workers if together else 1) / room
@@ -325,6 +406,15 @@ def _check_memory(shape: ModelShape, cfg: SftRun, device: str, resources: dict[s
         needs = f"need {each * workers / 2**30:.1f} GiB together" if together else f"each need {each / 2**30:.1f} GiB"
         remedy = fitting.remedy(shape, cfg, device, lambda run, plan: part(run, plan) <= fitting.FILLED)
         raise ResourceError("parallel.workers", workers, f"{needs}, {have}", remedy)
+
+
+def _room(device: str, resources: dict[str, float]) -> float | None:
+    """Bytes of the first card here, or on CPUs of the whole cluster; None without a card."""
+    import torch
+
+    if device == "cpu":
+        return resources["memory"]
+    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
 def _breaking_packages() -> list[str]:

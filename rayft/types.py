@@ -85,11 +85,13 @@ class Terms:
 
     Attributes:
         nll_sum: float32 scalar, sum over t of loss_weights[t] * -log p(targets[t]); for need="weighted_nll".
+        nll_parts: float32 [M], what each of the positions `batch.trained` adds to it, without gradient; likewise.
         logprobs: float32 [M], log p(targets[t]) at the positions `batch.trained`; for need="logprobs".
         entropy: float32 [M], entropy of the next-token distribution there; for need="logprobs".
     """
 
     nll_sum: Tensor | None = None
+    nll_parts: Tensor | None = None
     logprobs: Tensor | None = None
     entropy: Tensor | None = None
 
@@ -304,6 +306,7 @@ class Scored:
         sizes: all tokens of each trajectory, with its prompt and what it read.
         truncated: whether each ended by length.
         oldest, newest: lowest and highest policy step among its tokens.
+        turns: of the policy in each trajectory; empty when not told.
     """
 
     key: str
@@ -314,6 +317,7 @@ class Scored:
     truncated: tuple[bool, ...]
     oldest: int
     newest: int
+    turns: tuple[int, ...] = ()
 
 
 class Engine(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rayft.actors.online import open_flow
+from rayft.actors.refusals import check_engine
 from rayft.actors.run import open_run
 from rayft.actors.session import open_session
 from rayft.actors.trainer_group import fit
@@ -17,6 +18,7 @@ def main(cfg: GrpoRun, local: bool = False) -> None:
         cfg: the run.
         local: refused: engines are processes of their own.
     """
+    check_engine(cfg)
     with open_run(cfg, local) as run, open_flow(run) as launch:
         with run.progress(launch):
             fit(train, launch)

@@ -1,7 +1,7 @@
 """Run as a program: the Triton bodies of norm + RoPE and of the gated activations, interpreted on CPU tensors, through their checks.
 
 A process of its own, because Triton decides when its functions are defined, once for the process, whether to interpret them. The
-operators get the Triton bodies as their CPU kernels, so that the checks call what they call on a GPU. Types are float32 and
+operators get the Triton bodies on a CPU, so that the checks call what they call on a GPU. Types are float32 and
 float16: the interpreter truncates where a GPU rounds to bfloat16.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from triton.runtime import interpreter
 
-from bench import check_glu, check_norm_rope
+from bench import check_glu, check_norm_rope, check_rms_norm
 from bench.check_norm_rope import Case
 from bench.checks import failures
 from rayft_kernels.glu import op as glu_op
@@ -44,7 +44,7 @@ def allow_scalars_of_one_element() -> None:
 
 
 def run_triton_on_cpu() -> None:
-    """Triton bodies as CPU kernels of the operators."""
+    """Triton bodies in place of the torch ones."""
     dense = norm_op._with_dense_columns
 
     def forward(*args: Any) -> tuple[torch.Tensor, ...]:
@@ -54,12 +54,14 @@ def run_triton_on_cpu() -> None:
         *rest, need_wq, need_wk = map(dense, args)
         return norm_op._filled(args[3], *norm_body.backward(tuple(rest[:3]), *rest[3:], (need_wq, need_wk), PROGRAMS, TILES))
 
-    norm_op._norm_rope.register_kernel("cpu", forward)
-    norm_op._norm_rope_backward.register_kernel("cpu", backward)
-    glu_op._glu.register_kernel("cpu", lambda *args: glu_body.forward(*args, BLOCK))
-    glu_op._glu_backward.register_kernel("cpu", lambda *args: glu_body.backward(*args, BLOCK))
-    glu_op._glu_packed.register_kernel("cpu", lambda *args: glu_body.forward(*args[0].chunk(2, -1), args[1], BLOCK))
-    glu_op._glu_packed_backward.register_kernel("cpu", lambda *args: glu_body.backward_packed(*args, BLOCK))
+    norm_op._bodies = lambda _: (forward, backward)
+    bodies = {
+        "glu": lambda *args: glu_body.forward(*args, BLOCK),
+        "glu_backward": lambda *args: glu_body.backward(*args, BLOCK),
+        "glu_packed": lambda *args: glu_body.forward(*args[0].chunk(2, -1), args[1], BLOCK),
+        "glu_packed_backward": lambda *args: glu_body.backward_packed(*args, BLOCK),
+    }
+    glu_op._bodies = lambda _: bodies
 
 
 def main() -> int:
@@ -73,6 +75,11 @@ def main() -> int:
     }
     found["norm_rope twice"] = lambda: check_norm_rope.check_twice(CASES[1], torch.float32, "cpu")
     found["norm_rope gradients kept"] = lambda: check_norm_rope.check_gradients_kept("cpu")
+    for shape in ((5, 48), (0, 8)):
+        found[f"rms_norm {shape}"] = lambda shape=shape: check_rms_norm.check_error(shape, torch.float32, "cpu")
+    found["rms_norm twice"] = lambda: check_rms_norm.check_twice(torch.float32, "cpu")
+    found["norm_rope operator"] = lambda: check_norm_rope.check_operator("cpu")
+    found["glu operator"] = lambda: check_glu.check_operator("cpu")
     for activation in glu_op.ACTIVATIONS:
         found[f"glu {activation}"] = lambda act=activation: check_glu.check_error(act, (2, 700), torch.float32, "cpu")
     found["glu twice"] = lambda: check_glu.check_twice("cpu", torch.float32)

@@ -1,4 +1,4 @@
-"""Gated activations forward and backward: rayft, torch, and with the argument `compile` torch.compile, as CSV rows.
+"""Gated activations forward and backward: rayft, torch, and with the argument `peers` torch.compile and Liger, as CSV rows.
 
 The limit counts three passes over the columns forward and five backward, at the card's copy speed. The argument `sweep` times other
 blocks and warps instead.
@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from bench.check_glu import written_out
-from bench.common import HEADER, bench, bench_graph, extra_mib, limits, row
+from bench.common import DEVICE, HEADER, bench, bench_graph, extra_mib, foreign, installed, limits, row
 from rayft_kernels import glu, glu_packed
 
 CASES = (("silu", 16384, 11008), ("gelu_tanh", 8192, 12288), ("gelu", 8192, 12288), ("silu", 8192, 3072))
+TINY = (("silu", 16, 96), ("gelu_tanh", 8, 64))
 DTYPE = torch.bfloat16
+LIGER = {"silu": "LigerSiLUMulFunction", "gelu_tanh": "LigerGELUMulFunction"}
+"""Its GELU is the tanh form."""
 
 
 def step(fn: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor) -> Callable[[], object]:
@@ -26,10 +29,10 @@ def step(fn: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor) -> Calla
     return lambda: torch.autograd.grad(fn(*leaves), leaves, grad)
 
 
-def rows(compiled: bool) -> Iterator[str]:
+def rows(peers: bool, tiny: bool = False) -> Iterator[str]:
     """One row for each case and implementation."""
-    for activation, tokens, columns in CASES:
-        gate, up, grad = (torch.randn(tokens, columns, device="cuda", dtype=DTYPE) for _ in range(3))
+    for activation, tokens, columns in TINY if tiny else CASES:
+        gate, up, grad = (torch.randn(tokens, columns, device=DEVICE, dtype=DTYPE) for _ in range(3))
         leaves = [gate.requires_grad_(), up.requires_grad_()]
         limit = 8 * gate.numel() * gate.element_size() / limits().tbs / 1e9
         line = partial(row, f"glu_{activation}", f"T{tokens} I{columns}", dtype=DTYPE, limit_ms=limit)
@@ -42,9 +45,25 @@ def rows(compiled: bool) -> Iterator[str]:
         packed = [torch.cat((gate, up), -1).detach().requires_grad_()]
         yield line("rayft packed python", ms=bench(step(partial(glu_packed, activation=activation), packed, grad)), mib=0.0)
         yield line("torch python", ms=bench(eager), mib=extra_mib(eager))
-        if compiled:
-            fused = step(torch.compile(partial(written_out, activation=activation), dynamic=False), leaves, grad)
-            yield line("torch.compile python", ms=bench(fused), mib=extra_mib(fused))
+        if peers:
+            for name, fn in peer_functions(activation).items():
+                call = step(fn, leaves, grad)
+                yield from foreign(name, partial(one_row, line, name, call))
+
+
+def one_row(line: Callable[..., str], name: str, call: Callable[[], object]) -> list[str]:
+    """The row of a peer."""
+    return [line(f"{name} python", ms=bench(call), mib=extra_mib(call))]
+
+
+def peer_functions(activation: str) -> dict[str, Callable[..., Tensor]]:
+    """What users would call instead, as far as it is installed."""
+    found: dict[str, Callable[..., Tensor]] = {
+        "torch.compile": torch.compile(partial(written_out, activation=activation), dynamic=False)
+    }
+    if DEVICE == "cuda" and activation in LIGER and (liger := installed("liger_kernel.ops")):
+        found["liger"] = lambda g, u: getattr(liger, LIGER[activation]).apply(g, u)
+    return found
 
 
 def sweep() -> Iterator[str]:
@@ -63,4 +82,4 @@ if __name__ == "__main__":
     if "sweep" in sys.argv:
         print(*sweep(), sep="\n", flush=True)
     else:
-        print(HEADER, *rows("compile" in sys.argv), sep="\n", flush=True)
+        print(HEADER, *rows("peers" in sys.argv, DEVICE == "cpu"), sep="\n", flush=True)

@@ -16,13 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.check_linear_ce import MEASURED
-from bench.common import HEADER, bench, extra_mib, installed, limits, row
+from bench.common import DEVICE, HEADER, bench, extra_mib, foreign, installed, limits, row
 from rayft_kernels import token_logprobs, weighted_nll_sum
-from rayft_kernels.linear_cross_entropy import cuda_body
-from rayft_kernels.linear_cross_entropy import triton as kernels
 from rayft_kernels.linear_cross_entropy.scaling import scaled
 
 DTYPE = torch.bfloat16
+TINY = ((32, 16, 256),)
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -32,12 +31,12 @@ def step(loss: Loss, hidden: Tensor, weight: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(loss(hidden, weight), leaves)
 
 
-def rows(peers: bool) -> Iterator[str]:
+def rows(peers: bool, tiny: bool = False) -> Iterator[str]:
     """One row for each case and implementation."""
-    for tokens, width, vocab in MEASURED:
-        hidden = torch.randn(tokens, width, device="cuda", dtype=DTYPE).requires_grad_()
-        weight = (torch.randn(vocab, width, device="cuda", dtype=DTYPE) / width**0.5).requires_grad_()
-        targets, ones = torch.randint(0, vocab, (tokens,), device="cuda"), torch.ones(tokens, device="cuda")
+    for tokens, width, vocab in TINY if tiny else MEASURED:
+        hidden = torch.randn(tokens, width, device=DEVICE, dtype=DTYPE).requires_grad_()
+        weight = (torch.randn(vocab, width, device=DEVICE, dtype=DTYPE) / width**0.5).requires_grad_()
+        targets, ones = torch.randint(0, vocab, (tokens,), device=DEVICE), torch.ones(tokens, device=DEVICE)
         product = 2 * tokens * width * vocab / limits().tflops / 1e9
 
         def line(impl: str, loss: Loss, products: int, w: Tensor, h: Tensor = hidden, product: float = product) -> str:
@@ -61,7 +60,7 @@ def rows(peers: bool) -> Iterator[str]:
         yield line("rayft logprobs frozen", terms, 3, weight.detach())
         if peers:
             for name, loss in peer_losses(targets).items():
-                yield line(name, loss, 3, weight)
+                yield from foreign(name, partial(map, line, (name, f"{name} frozen"), (loss,) * 2, (3, 2), (weight, weight.detach())))
         del hidden, weight
         torch.cuda.empty_cache()
 
@@ -73,6 +72,8 @@ def peer_losses(targets: Tensor) -> dict[str, Loss]:
         return functional.cross_entropy((h @ w.t()).float(), targets)
 
     found: dict[str, Loss] = {"torch": eager, "torch.compile": torch.compile(eager, dynamic=False)}
+    if DEVICE == "cpu":
+        return found
     if liger := installed("liger_kernel.transformers"):
         module = liger.LigerFusedLinearCrossEntropyLoss()
         found["liger"] = lambda h, w: module(w, h, targets)
@@ -99,6 +100,8 @@ def parts() -> Iterator[str]:
 
 def products(states: Tensor, weight: Tensor, low: Tensor, wide: Tensor, total: Tensor) -> Iterator[str]:
     """Name and TFLOP/s of each matrix product of a chunk."""
+    from rayft_kernels.linear_cross_entropy import cuda_body
+
     product = torch.empty(states.shape, device="cuda")
     calls = {
         "logits": lambda: cuda_body._mm(states, weight.t(), low),
@@ -113,6 +116,8 @@ def products(states: Tensor, weight: Tensor, low: Tensor, wide: Tensor, total: T
 
 def passes(low: Tensor, wide: Tensor) -> Iterator[str]:
     """TB/s of the row kernels, bytes counted once for each load and store."""
+    from rayft_kernels.linear_cross_entropy import triton as kernels
+
     count, vocab = low.shape
     targets = torch.randint(0, vocab, (count,), device="cuda")
     floats = torch.ones(5, count, device="cuda")
@@ -136,5 +141,5 @@ if __name__ == "__main__":
         print(*parts(), sep="\n", flush=True)
     else:
         print(HEADER, flush=True)
-        for text in rows("peers" in sys.argv):
+        for text in rows("peers" in sys.argv, DEVICE == "cpu"):
             print(text, flush=True)

@@ -1,4 +1,4 @@
-"""LoRA MLP and QKV forward and backward: rayft, torch as peft writes it, and torch.compile, as CSV rows.
+"""LoRA MLP and QKV forward and backward: rayft, torch as peft writes it, and with the argument `peers` torch.compile, as CSV rows.
 
 The limit is the large products alone (forward and the input's gradient, frozen weights) at the rate of an 8192 cubed product in the same
 run. The argument `sweep` times other tiles of the activation's kernels instead, and `parts` the pieces of the MLP.
@@ -14,22 +14,23 @@ import torch
 from torch import Tensor
 
 from bench.check_lora import linears, linears_written_out, mlp, mlp_written_out
-from bench.common import HEADER, bench, extra_mib, limits, row
+from bench.common import DEVICE, HEADER, bench, extra_mib, limits, row
 from rayft_kernels import Projection
-from rayft_kernels.lora import triton as body
+from rayft_kernels.lora import triton as body  # importable without Triton
 
 DTYPE = torch.bfloat16
 MLPS = ((8192, 4096, 11008, 16), (16384, 2048, 6144, 16), (8192, 4096, 14336, 64))
 """Tokens, hidden, intermediate, rank."""
 INPUTS = ((8192, 4096, (4096, 4096, 4096), 16), (8192, 4096, (4096, 1024, 1024), 16), (16384, 2048, (2048, 1024, 1024), 16))
 """Tokens, hidden, outputs, rank."""
+TINY_MLPS, TINY_INPUTS = ((16, 24, 40, 4),), ((16, 24, (24, 8, 8), 4),)
 
 
 def drawn(shapes: Sequence[tuple[int, int]], rank: int) -> list[Projection]:
     """One adapted projection for each (out, in)."""
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, device="cuda", dtype=DTYPE) * 0.02
+        return torch.randn(shape, device=DEVICE, dtype=DTYPE) * 0.02
 
     return [
         Projection(draw(out, width), None, draw(rank, width).requires_grad_(), draw(out, rank).requires_grad_(), 2.0)
@@ -46,33 +47,33 @@ def step(fn: Callable[..., Sequence[Tensor]], x: Tensor, ones: Sequence[Projecti
 
 def lines(
     op: str, case: str, flops: int, x: Tensor, ones: Sequence[Projection], ours: Callable[..., Sequence[Tensor]],
-    plain: Callable[..., Sequence[Tensor]], compiled: bool,
+    plain: Callable[..., Sequence[Tensor]], peers: bool,
 ) -> Iterator[str]:  # fmt: skip
     """One row for each implementation."""
     limit = flops / limits().tflops / 1e9
     ways: dict[str, Callable[..., Sequence[Tensor]]] = {"rayft": ours, "torch": plain}
-    if compiled:
+    if peers:
         ways |= {"torch.compile": torch.compile(plain, dynamic=False), "rayft compiled": torch.compile(ours, dynamic=False)}
     for name, fn in ways.items():
         run = step(fn, x, ones)
         yield row(op, case, name, DTYPE, bench(run), limit, extra_mib(run))
 
 
-def rows(compiled: bool) -> Iterator[str]:
+def rows(peers: bool, tiny: bool = False) -> Iterator[str]:
     """Every case."""
-    for index, (tokens, hidden, wide, rank) in enumerate(MLPS):
-        x = torch.randn(tokens, hidden, device="cuda", dtype=DTYPE, requires_grad=True)
+    for index, (tokens, hidden, wide, rank) in enumerate(TINY_MLPS if tiny else MLPS):
+        x = torch.randn(tokens, hidden, device=DEVICE, dtype=DTYPE, requires_grad=True)
         ones = drawn(((wide, hidden), (wide, hidden), (hidden, wide)), rank)
         case = f"T{tokens} H{hidden} I{wide} r{rank}"
         flops = 2 * 2 * 3 * tokens * hidden * wide
-        yield from lines("lora_mlp", case, flops, x, ones, partial(mlp, "silu"), partial(mlp_written_out, "silu"), compiled and index == 0)
+        yield from lines("lora_mlp", case, flops, x, ones, partial(mlp, "silu"), partial(mlp_written_out, "silu"), peers and index == 0)
         del x, ones
-    for index, (tokens, hidden, outs, rank) in enumerate(INPUTS):
-        x = torch.randn(tokens, hidden, device="cuda", dtype=DTYPE, requires_grad=True)
+    for index, (tokens, hidden, outs, rank) in enumerate(TINY_INPUTS if tiny else INPUTS):
+        x = torch.randn(tokens, hidden, device=DEVICE, dtype=DTYPE, requires_grad=True)
         ones = drawn([(out, hidden) for out in outs], rank)
         case = f"T{tokens} H{hidden} {'+'.join(map(str, outs))} r{rank}"
         flops = 2 * 2 * tokens * hidden * sum(outs)
-        yield from lines("lora_qkv", case, flops, x, ones, linears, linears_written_out, compiled and index == 0)
+        yield from lines("lora_qkv", case, flops, x, ones, linears, linears_written_out, peers and index == 0)
         del x, ones
 
 
@@ -136,4 +137,4 @@ if __name__ == "__main__":
     if "sweep" in sys.argv or "parts" in sys.argv:
         print(*(sweep() if "sweep" in sys.argv else parts()), sep="\n", flush=True)
     else:
-        print(HEADER, *rows("compile" in sys.argv), sep="\n", flush=True)
+        print(HEADER, *rows("peers" in sys.argv, DEVICE == "cpu"), sep="\n", flush=True)

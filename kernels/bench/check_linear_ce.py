@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from bench.checks import assert_as_exact_as, assert_equal, poisoned_memory, randn, results
-from rayft_kernels import token_logprobs, weighted_nll_sum
+from rayft_kernels import token_logprobs, weighted_nll_rows, weighted_nll_sum
 from rayft_kernels.linear_cross_entropy.chunks import weighted_nll_bytes
 
 
@@ -95,6 +95,16 @@ def ours(case: Case, targets: Tensor, loss_weights: Tensor, *inputs: Tensor) -> 
     return 2.5 * weighted_nll_sum(hidden, weight, targets, loss_weights, bias=bias[0] if bias else None, lean=case.lean, **options)
 
 
+def rows_of(case: Case, targets: Tensor, loss_weights: Tensor, *inputs: Tensor) -> Tensor:
+    """What each row adds to the operator's sum, which the gradients are made beside."""
+    options = {"softcap": case.softcap, "logit_scale": case.scale, "label_smoothing": case.smoothing, "z_loss": case.z_loss}
+    hidden, weight, *bias = (x.detach().requires_grad_() for x in inputs)
+    total, rows = weighted_nll_rows(hidden, weight, targets, loss_weights, bias=bias[0] if bias else None, lean=case.lean, **options)
+    assert not rows.requires_grad and total.requires_grad
+    torch.testing.assert_close(rows.sum(), total.detach(), rtol=1e-5, atol=1e-5)
+    return rows
+
+
 def terms(case: Case, targets: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     """The other operator."""
     hidden, weight, *bias = inputs
@@ -119,6 +129,8 @@ def check_error(case: Case, dtype: torch.dtype, device: str) -> None:
     allowed = 3 * 2.5 * (torchs[0] - exact[0]).norm().item() + 1e-6 * (1 + 2.5 * exact[0].sum().item())
     error = (got[0] - 2.5 * exact[0].sum()).abs().item()
     assert error <= allowed, f"loss: error {error:.3e}, allowed {allowed:.3e}"
+    error = 2.5 * (rows_of(case, targets, loss_weights, *inputs) - exact[0]).norm().item()
+    assert error <= allowed, f"losses of rows: error {error:.3e}, allowed {allowed:.3e}"
     assert_as_exact_as(got[1:], torchs[1:], exact[1:])
 
 

@@ -158,6 +158,73 @@ def check_twice(device: str, dtype: torch.dtype) -> None:
         assert_equal(values(partial(mlp, "silu"), x, ones) + values(linears, x, ones[:2]), first)
 
 
+def check_strides(device: str, dtype: torch.dtype) -> None:
+    """Rows of a wider tensor, transposed weights, expanded and transposed gradients: the numbers of dense ones, within sums' rounding."""
+    ones = [converted(one, dtype) for one in cases(("bias", "hash", "plain"), ((80, 64), (80, 64), (64, 80)), 33, device)]
+    x = randn(33, 64, device=device, dtype=dtype)
+    wide = torch.cat((x, x), -1)[:, :64]
+    for fn, some in ((partial(mlp, "gelu"), ones), (linears, ones[:2])):
+        turned = [one._replace(weight=one.weight.t().contiguous().t()) for one in some if isinstance(one.weight, Tensor)]
+        run = partial(_differentiated, fn)
+        pairs = [*zip(run(x, some, _drawn), run(wide, turned, lambda y: _drawn(y).t().contiguous().t()), strict=True)]
+        pairs += zip(run(x, some, torch.ones_like), run(x, some, lambda y: torch.ones_like(y[:1, :1]).expand_as(y)), strict=True)
+        for index, (a, b) in enumerate(pairs):
+            error = ((a.double() - b.double()).norm() / a.double().norm()).item()
+            assert error < 8 * torch.finfo(dtype).eps, f"tensor {index}: relative difference {error:.2e}"
+
+
+def _differentiated(
+    fn: Callable[..., Sequence[Tensor]], x: Tensor, ones: Sequence[Projection], grad: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """Outputs and gradients, for gradients of the outputs that are made by `grad`."""
+    x = x.detach().requires_grad_()
+    leaves = [x, *(value for one in ones for name in NAMES if (value := getattr(one, name)) is not None)]
+    outs = list(fn(x, ones))
+    return outs + list(torch.autograd.grad(outs, leaves, [grad(y) for y in outs]))
+
+
+def _drawn(y: Tensor) -> Tensor:
+    return randn(*y.shape, device=str(y.device), dtype=y.dtype, seed=60)
+
+
+def check_operators(device: str) -> None:
+    """torch's own checks of schema and fake tensors of the operators, which have a body where Triton runs."""
+    gate, up, dh = (randn(5, 32, device=device, dtype=torch.float32, seed=i) for i in range(3))
+    low, wide = randn(5, 3, device=device, dtype=torch.float32), randn(32, 3, device=device, dtype=torch.float32)
+    ops = torch.ops.rayft_kernels
+    for fold in ((low, wide, 0.5), (None, None, 0.0)):
+        torch.library.opcheck(ops.lora_glu_forward.default, (gate, up, *fold, low, wide, 2.0, "silu"))
+        torch.library.opcheck(ops.lora_glu_backward.default, (dh.clone(), gate, up, *fold, low, wide, 2.0, low, wide, "gelu_tanh"))
+    keys = torch.arange(5, device=device)
+    torch.library.opcheck(ops.token_dropout.default, (gate, keys, 7, 0.25))
+
+
+def check_large(device: str) -> None:
+    """More than 2^31 elements of the MLP's width, and of the dropout's input: the last rows are those of a small call."""
+    tokens, hidden, wide = 2**17 + 32, 64, 16416
+    assert tokens * wide > 2**31
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.1
+
+    gate, up, down = (
+        Projection(draw(out, width), a=draw(8, width).requires_grad_(), b=draw(out, 8).requires_grad_())
+        for out, width in ((wide, hidden), (wide, hidden), (hidden, wide))
+    )
+    x, grad = draw(tokens, hidden), draw(tokens, hidden)
+
+    def call(rows: slice) -> list[Tensor]:
+        leaf = x[rows].detach().requires_grad_()
+        out = lora_mlp(leaf, gate, up, down, "silu")
+        return [t[-32:].clone() for t in (out, *torch.autograd.grad(out, leaf, grad[rows]))]
+
+    for a, b in zip(call(slice(None)), call(slice(tokens - 32, tokens)), strict=True):
+        error = ((a.double() - b.double()).norm() / b.double().norm()).item()
+        assert error < 0.02, f"relative difference {error:.2e}"  # cuBLAS takes other tiles for another number of rows
+    big, keys = torch.ones(tokens, wide, device=device, dtype=torch.bfloat16), torch.arange(tokens, device=device)
+    assert_equal([token_dropout(big, keys, 3, 0.25)[-32:]], [token_dropout(big[-32:], keys[-32:], 3, 0.25)])
+
+
 def check_surroundings(device: str, dtype: torch.dtype, backend: str) -> None:
     """Compiled in one graph, or checkpointed: the same numbers."""
     names = ("hash", "dora, bias", "mask")
@@ -229,6 +296,9 @@ def checks(device: str, dtypes: tuple[torch.dtype, ...], backend: str = "inducto
         if dtype != torch.float64:
             found |= {f"lora kernels {act} {kind}": partial(check_kernels, act, dtype, device) for act in ACTIVATIONS}
             found[f"lora twice {kind}"] = partial(check_twice, device, dtype)
+            found[f"lora strides {kind}"] = partial(check_strides, device, dtype)
             found[f"lora dropout {kind}"] = partial(check_dropout, device, dtype)
+    if device == "cuda":
+        found["lora operators"] = partial(check_operators, device)
     found["lora compile, checkpoint"] = partial(check_surroundings, device, torch.float32, backend)
     return found

@@ -58,12 +58,18 @@ def randn(*shape: int, device: str, dtype: torch.dtype, seed: int = 0) -> Tensor
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device=device, dtype=dtype)
 
 
+def kinds_of_failure() -> tuple[type[Exception], ...]:
+    """What a check or a foreign implementation may raise."""
+    kinds: tuple[type[Exception], ...] = (AssertionError, RuntimeError, TypeError, ValueError, LookupError, ImportError, AttributeError)
+    if triton := sys.modules.get("triton"):
+        kinds += (triton.TritonError,)  # a kernel that does not compile or fit; no RuntimeError
+    return kinds
+
+
 def failures(checks: dict[str, Callable[[], None]]) -> list[str]:
     """Run the checks, print PASS or FAIL for each, and name those that failed."""
     failed = []
-    kinds: tuple[type[Exception], ...] = (AssertionError, RuntimeError, TypeError, ValueError, LookupError, ImportError)
-    if triton := sys.modules.get("triton"):
-        kinds += (triton.TritonError,)  # a kernel that does not compile or fit; no RuntimeError
+    kinds = kinds_of_failure()
     for name, check in checks.items():
         start = perf_counter()
         try:

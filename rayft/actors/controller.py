@@ -68,7 +68,12 @@ class Controller:
         cfg = setup.cfg
         self._cfg, self._total_steps = cfg, setup.total_steps
         limits = Limits(
-            cfg.rollout.prompts_per_step, cfg.rollout.max_staleness, setup.total_steps, cfg.rollout.restarts, cfg.reward.retries
+            cfg.rollout.prompts_per_step,
+            cfg.rollout.max_staleness,
+            setup.total_steps,
+            cfg.rollout.restarts,
+            cfg.reward.retries,
+            cfg.algorithm.rerolls,
         )
         self._journal = Journal(setup.run_dir / "journal.jsonl", limits, setup.driver, setup.step)
         self._pool = Pool(setup.engines, cfg.rollout, self._wake)
@@ -77,10 +82,11 @@ class Controller:
         prompts = PromptSet(setup.train_prompts, seed=cfg.run.seed, shuffle=cfg.data.shuffle)
         self._groups = Groups(cfg, self._journal, dispatch, prompts, self._wake)
         held_out = PromptSet(setup.eval_prompts, seed=0, shuffle=False) if setup.eval_prompts else None
-        self._held_out = HeldOut(cfg, held_out, dispatch, setup.total_steps)
+        self._held_out = HeldOut(cfg, held_out, dispatch, self._pool, setup.total_steps)
         self._orders: dict[tuple[int, int, int], Order] = {}
-        self._records: list[tuple[int, dict[str, float]]] = []
+        self._records = list(self._journal.evaluated.items())  # the trainer leaves out what it knows
         self._world = cfg.parallel.workers
+        self._pushing: tuple[str, ...] = ()  # lives of the engines that a push was ordered to and is not known to have ended
         self._deciding, self._changed = asyncio.Lock(), asyncio.Event()
         self._since, self._tokens = time.monotonic(), 0
 
@@ -94,10 +100,12 @@ class Controller:
             await self.committed(step)
         if step < state.committed:
             self._groups.forget(list(self._groups.answers))
+        for life in self._pushing:
+            self._pool.end(life, "the trainer died in a push to it, so what it holds is undefined")
+        self._pushing = ()
         self._journal.add("trainer_restarted", step=step)
         self._journal.joined(attempt)
-        self._world, self._orders, self._records = world, {}, []
-        self._held_out.done = {done for done in self._held_out.done if done <= step}
+        self._world, self._orders, self._records = world, {}, list(self._journal.evaluated.items())
         log.info("the trainer's attempt %d starts from step %d; engines serve step %d", attempt, step, state.version)
         self._wake()
 
@@ -131,15 +139,13 @@ class Controller:
         """The lives of engines that now have the weights of `step`, and those that were lost on the way, with the reason."""
         if attempt != self._journal.attempt:
             return
+        self._pushing = ()
         for life, reason in lost.items():
             self._pool.end(life, reason)
         if reached:
             self._journal.serves(f"{attempt}.{step}")
             self._pool.has(reached, self._journal.serving)
             self._journal.add("pushed", step=step)
-        if reached and self._held_out.due(step) and not self._held_out.running:
-            self._held_out.running = True
-            self._groups.spawn(self._evaluate(step))
         self._wake()
 
     async def committed(self, step: int) -> None:
@@ -155,7 +161,8 @@ class Controller:
         which = "" if state.caught_up else " of an earlier attempt"
         return (
             f"engines serve step {state.version}{which}; {len(state.accepted)} groups are ready, {len(state.running)} are generated, "
-            f"{len(state.scoring)} scored (oldest: {self._groups.oldest()}); {self._pool.in_words()}"
+            f"{len(state.scoring)} scored (oldest: {self._groups.oldest()}), {len(state.missing)} of earlier batches are made again; "
+            f"{self._pool.in_words()}{self._held_out.in_words()}"
         )
 
     def _decide(self, step: int) -> Order | None:
@@ -165,13 +172,17 @@ class Controller:
             return Order("stop", step, error=problem)
         if step < state.version and (self._pool.serving() or not state.missing):
             return self._batch(step)  # an earlier attempt came further: its batches are trained again, and engines wait
+        self._evaluate_if_due()
         if step == self._total_steps and self._held_out.prompts is None:
             return Order("end", step, records=_taken(self._records))
         version = f"{self._journal.attempt}.{step}"
         if behind := self._pool.behind(version):
-            if self._held_out.running:
+            if self._held_out.running and version != self._pool.current:
+                self._held_out.superseded = not self._pool.serving()
                 return None
-            return Order("push", step, version=version, engines=tuple((member.life, member.name) for member in behind))
+            self._pushing = tuple(member.life for member in behind)
+            engines = tuple((member.life, member.name) for member in behind)
+            return Order("push", step, version=version, engines=engines, records=_taken(self._records))
         if not state.caught_up or self._pool.current != version:
             return None
         if step < self._total_steps:
@@ -218,13 +229,24 @@ class Controller:
             self._journal.add("lost", ordinals=gone)
             self._wake()
 
-    async def _evaluate(self, step: int) -> None:
-        try:
-            if values := await self._held_out.run(step):
-                self._records.append((step, values))
-        finally:
-            self._held_out.running = False
-            self._wake()
+    def _evaluate_if_due(self) -> None:
+        """Evaluate the weights that engines serve, unless that is done or under way; a controller that died in it begins again."""
+
+        async def evaluate(step: int) -> None:
+            try:
+                values = await self._held_out.run()
+                self._journal.has_evaluated(step, values)
+                if values:
+                    self._records.append((step, values))
+            finally:
+                self._held_out.running = False
+                self._wake()
+
+        state = self._journal.state
+        served = state.caught_up and self._journal.serving == f"{self._journal.attempt}.{state.version}"
+        if served and not self._held_out.running and self._held_out.due(state.version, self._journal.evaluated):
+            self._held_out.running = True
+            self._groups.spawn(evaluate(state.version))
 
     def _wake(self) -> None:
         """Something changed: start what may be started, and look again at what ranks wait for."""

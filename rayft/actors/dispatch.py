@@ -1,21 +1,25 @@
-"""Asks engines for groups and judges for scores; whatever can go wrong comes out as one of two kinds.
+"""Asks engines for groups and judges for scores; whatever can go wrong comes out as one of three kinds.
 
-InfrastructureError: a process died or was late, and another one may succeed. DataError: the row, or a reward on it, is at fault.
+InfrastructureError: a process died or was late, and another one may succeed. EnvironmentFailed: the engine is well, and another try may
+succeed. DataError: the row, or a reward on it, is at fault.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
-from rayft.actors.pool import Pool, within
+from rayft.actors.pool import AGAIN_S, Member, Pool, within
 from rayft.config.schema import GrpoRun
-from rayft.errors import DataError, InfrastructureError
+from rayft.errors import DataError, InfrastructureError, RayftError
 from rayft.rollout.agent import Sampling
+from rayft.rollout.env import EnvironmentFailed
 from rayft.types import Prompt, Scored
 
 
@@ -32,16 +36,17 @@ class Dispatch:
         self._cfg, self._pool = cfg, pool
         self._judges = itertools.cycle([ray.get_actor(name) for name in judges])
 
-    async def ask(self, prompt: Prompt, n: int, temperature: float) -> Any:
-        """Have a serving engine answer a prompt n times; a reference to the group.
+    async def ask(self, prompt: Prompt, n: int, temperature: float) -> tuple[str, Any]:
+        """Have a serving engine answer a prompt n times; the engine's name, and a reference to the group.
 
         Raises:
             DataError: the row is at fault.
+            EnvironmentFailed: its environment is.
             InfrastructureError: the engine is, or it was too slow.
         """
         cfg = self._cfg.rollout
         sampling = Sampling(cfg.max_tokens, cfg.max_prompt_tokens + cfg.max_tokens, temperature, seed=self._cfg.run.seed)
-        with self._pool.take() as member:
+        async with self._pool.take(n * (len(prompt.tokens) + cfg.max_tokens)) as member:
             life = member.life
             done, group = member.actor.rollout.options(num_returns=2).remote(prompt, n, sampling)
             try:
@@ -51,37 +56,72 @@ class Dispatch:
                 raise _passing(member.name, f"has not answered within {cfg.deadline_s:g} s") from problem
             except RayTaskError as problem:
                 if isinstance(problem.cause, InfrastructureError):
-                    self._pool.end(life, str(problem.cause))
-                raise _own(problem, DataError) or _passing(member.name, f"failed ({problem.cause!r})") from problem
+                    await self._examine(member, life)
+                raise _own(problem, DataError, EnvironmentFailed) or _passing(member.name, f"failed ({problem.cause!r})") from problem
             except RayError as problem:
                 member.life = member.version = ""  # no prompts until it has been looked at
                 raise _passing(member.name, f"died ({type(problem).__name__})") from problem
-        return group
+        return member.name, group
+
+    async def _examine(self, member: Member, life: str) -> None:
+        """Look at an engine of which a request failed, and end it only if it is broken itself."""
+        limit = self._cfg.rollout.health_s
+        try:
+            await within(member.actor.state.remote(), limit)
+        except RayTaskError as problem:
+            self._pool.end(life, str(problem.cause))
+        except TimeoutError:
+            self._pool.end(life, f"it has not said how it is within {limit:g} s")
+        except RayError:
+            if member.life == life:
+                member.life = member.version = ""  # Ray restarts it
 
     async def score(self, group: Any) -> Scored:
         """Have a process score a group.
 
         Raises:
             DataError: a reward raised, gave no number, or took too long.
+            InfrastructureError: the group is lost, with the process or node that held it.
         """
         judge, limit = next(self._judges), self._cfg.reward.deadline_s
         try:
             return await within(judge.score.remote(group), limit)
         except TimeoutError as problem:
             ray.kill(judge, no_restart=False)
+            await _until_back(judge, limit)
             rule = f"the rewards of a group took longer than {limit:g} s"
             raise DataError("reward.deadline_s", limit, rule, "Raise it, or make the rewards faster") from problem
+        except ObjectLostError as problem:
+            raise _lost(problem) from problem
         except RayTaskError as problem:
+            if isinstance(problem.cause, ObjectLostError):
+                raise _lost(problem.cause) from problem
             rule = f"scoring failed ({problem.cause!r})"
             raise _own(problem, DataError) or DataError("reward", None, rule, "Look into the reward functions") from problem
         except RayError as problem:
+            await _until_back(judge, limit)
             rule = f"the process that rewards run in died ({type(problem).__name__})"
             raise DataError("reward", None, rule, "Look into the reward functions") from problem
 
 
-def _own(problem: RayTaskError, kind: type[DataError]) -> DataError | None:
-    """What the actor itself raised, when it is of that kind."""
-    return problem.cause if isinstance(problem.cause, kind) else None
+async def _until_back(judge: Any, seconds: float) -> None:
+    """Wait for a judge that Ray restarts, at most so long: further tries would be over before it is there."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            await within(judge.__ray_ready__.remote(), seconds)
+            return
+        except (RayError, TimeoutError):
+            await asyncio.sleep(AGAIN_S)
+
+
+def _own(problem: RayTaskError, *kinds: type[RayftError]) -> RayftError | None:
+    """What the actor itself raised, when it is of one of these kinds."""
+    return problem.cause if isinstance(problem.cause, kinds) else None
+
+
+def _lost(problem: ObjectLostError) -> InfrastructureError:
+    return InfrastructureError("a group", None, f"was lost before it was scored ({type(problem).__name__})", "It is asked for again")
 
 
 def _passing(name: str, what: str) -> InfrastructureError:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rayft.actors.reward_model import Names, Replicas
 from rayft.config.environment import Credentials
 from rayft.config.functions import UserFunction
 from rayft.config.schema import GrpoRun
@@ -19,6 +20,7 @@ from rayft.errors import InfrastructureError
 from rayft.experience.judge import Judge
 from rayft.rollout.agent import Sampling, rollout
 from rayft.rollout.engine import EngineOptions, create_engine
+from rayft.rollout.stage import Scene, Stage, stage_of
 from rayft.types import Engine, Group, Prompt, Scored
 
 
@@ -43,11 +45,14 @@ class EngineActor:
     Args:
         options: of the engine.
         secrets: of the driver, for models on a hub or store.
+        cfg, scene: the run and its environment, which answers are played in.
     """
 
-    def __init__(self, options: EngineOptions, secrets: Credentials) -> None:
+    def __init__(self, options: EngineOptions, secrets: Credentials, cfg: GrpoRun, scene: Scene | None) -> None:
         secrets.adopt()
         self._options, self._life = options, uuid.uuid4().hex[:8]
+        self._cfg, self._scene = cfg, scene
+        self._stage: Stage | None = None
         self._engine: Engine | None = None
         self._starting = asyncio.Lock()
 
@@ -55,6 +60,7 @@ class EngineActor:
         """Start the engine unless it runs; the name of this life."""
         async with self._starting:
             if self._engine is None:
+                self._stage = stage_of(self._cfg, self._scene) if self._scene is not None else None
                 self._engine = await create_engine(self._options)
         return self._life
 
@@ -66,7 +72,7 @@ class EngineActor:
 
     async def rollout(self, prompt: Prompt, n: int, sampling: Sampling) -> tuple[str, Group]:
         """A group of answers; with it, small enough to be waited for, the name of this life."""
-        return self._life, await rollout(self._started(), prompt, n, sampling)
+        return self._life, await rollout(self._started(), prompt, n, sampling, self._stage)
 
     async def pause(self) -> None:
         """See `types.Engine`."""
@@ -93,11 +99,12 @@ class RewardActor:
         cfg: the run.
         functions: its reward functions.
         secrets: of the driver.
+        models: names of the actors of its reward models.
     """
 
-    def __init__(self, cfg: GrpoRun, functions: Mapping[str, UserFunction], secrets: Credentials) -> None:
+    def __init__(self, cfg: GrpoRun, functions: Mapping[str, UserFunction], secrets: Credentials, models: Names) -> None:
         secrets.adopt()
-        self._judge = Judge(cfg, functions)
+        self._judge = Judge(cfg, functions, {name: Replicas(actors, cfg.reward.deadline_s) for name, actors in models.items()})
 
     async def score(self, group: Group) -> Scored:
         """See `Judge.score`."""

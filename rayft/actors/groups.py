@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Container, Coroutine, Iterable
+from dataclasses import replace
 from typing import Any
 
 from rayft.actors.dispatch import Dispatch
@@ -14,6 +16,7 @@ from rayft.data.prompts import PromptSet
 from rayft.errors import DataError, InfrastructureError, RayftError, TrainingError
 from rayft.experience.algorithm import filter_of
 from rayft.experience.filters import FILTERS
+from rayft.rollout.env import EnvironmentFailed
 from rayft.types import Scored
 
 log = logging.getLogger("rayft")
@@ -41,6 +44,8 @@ class Groups:
         self._keeps = FILTERS[filter_of(cfg.algorithm)]
         self._filtered_in_a_row = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._numbers = itertools.count()
+        self._starts: dict[int, int] = {}  # ordinal -> number of its newest start, by which answers to an earlier one are told
         self.answers: dict[int, Any] = {}
         self.scores: dict[int, Scored] = {}
         self.tokens = 0
@@ -50,7 +55,8 @@ class Groups:
         """Start what may be started."""
         while (ordinal := self._journal.state.to_start()) is not None:
             self._journal.add("started", ordinal=ordinal)
-            self.spawn(self._produce(ordinal))
+            self._starts[ordinal] = next(self._numbers)
+            self.spawn(self._produce(ordinal, self._starts[ordinal]))
 
     def forget(self, ordinals: Iterable[int]) -> None:
         """Let answers go."""
@@ -69,31 +75,38 @@ class Groups:
         task.add_done_callback(self._ended)
         return task
 
-    async def _produce(self, ordinal: int) -> None:
-        """One group from prompt to score; every way that it can end is an event."""
+    async def _produce(self, ordinal: int, start: int) -> None:
+        """One group from prompt to score; every way that it can end is an event, unless it was started anew meanwhile."""
         state, prompt, rollout = self._journal.state, self._prompts.prompt(ordinal), self._cfg.rollout
+        if roll := state.rolls[ordinal]:  # what is random about it is drawn from its key
+            prompt = replace(prompt, key=f"{prompt.key}-roll-{roll}")
         try:
-            group = await self._dispatch.ask(prompt, rollout.group_size, rollout.temperature)
-        except (DataError, InfrastructureError) as problem:
-            self._fail(ordinal, "data" if isinstance(problem, DataError) else "process", problem)
+            engine, group = await self._dispatch.ask(prompt, rollout.group_size, rollout.temperature)
+        except (DataError, EnvironmentFailed, InfrastructureError) as problem:
+            if self._in(state.running, ordinal, start):
+                self._fail(ordinal, {DataError: "data", EnvironmentFailed: "environment"}.get(type(problem), "process"), problem)
             return
-        if ordinal in state.running:
-            self._journal.add("finished", ordinal=ordinal)
-        while ordinal in state.scoring:
+        if self._in(state.running, ordinal, start):
+            self._journal.add("finished", {"engine": engine}, ordinal=ordinal)
+        while self._in(state.scoring, ordinal, start):
             try:
                 scored = await self._dispatch.score(group)
-            except DataError as problem:
-                self._fail(ordinal, "reward", problem)
+            except (DataError, InfrastructureError) as problem:
+                if self._in(state.scoring, ordinal, start):
+                    self._fail(ordinal, "reward" if isinstance(problem, DataError) else "process", problem)
                 continue
-            self._take(ordinal, group, scored)
+            if self._in(state.scoring, ordinal, start):
+                self._take(ordinal, group, scored)
         self._wake()
+
+    def _in(self, stage: Container[int], ordinal: int, start: int) -> bool:
+        """Whether that start of the group is the one that the state has in this stage."""
+        return ordinal in stage and self._starts[ordinal] == start
 
     def _take(self, ordinal: int, group: Any, scored: Scored) -> None:
         state, kept = self._journal.state, self._keeps(scored)
         wanted = kept or ordinal in state.missing
-        if ordinal not in state.scoring:
-            return  # started anew meanwhile
-        self._journal.add("scored", ordinal=ordinal, kept=kept)
+        self._journal.add("scored", {"tokens": sum(scored.lengths), "turns": sum(scored.turns)}, ordinal=ordinal, kept=kept)
         self.tokens += sum(scored.lengths)
         if wanted:
             self.answers[ordinal], self.scores[ordinal] = group, scored
@@ -105,8 +118,6 @@ class Groups:
 
     def _fail(self, ordinal: int, why: str, problem: RayftError) -> None:
         state = self._journal.state
-        if ordinal not in state.running and ordinal not in state.scoring:
-            return  # started anew meanwhile
         log.warning("prompt %s: %s", self._prompts.prompt(ordinal).key, problem)
         self._journal.add("failed", ordinal=ordinal, why=why)
         dropped, limit = state.counts["dropped"], self._cfg.reward.max_dropped

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rayft.experience.admission import Admission, Limits
+
+log = logging.getLogger("rayft")
+
+NOTES = ("time", "note")
+"""What a line has for those who read it: seconds since the epoch, and facts by name. The state does not depend on them."""
 
 
 class Journal:
@@ -23,33 +31,40 @@ class Journal:
         state: after all events.
         attempt: of the trainer that joined last under this command; 0 for none.
         serving: version that engines were last brought to under this command; empty for none.
+        evaluated: step -> metrics on held-out prompts of its weights, of evaluations under this command.
     """
 
     def __init__(self, path: Path, limits: Limits, driver: str, step: int) -> None:
         self.state, self.attempt, self.serving = Admission(limits), 0, ""
+        self.evaluated: dict[int, dict[str, float]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
         lines = path.read_bytes().split(b"\n")
         self._file.truncate(self._file.tell() - len(lines.pop()))  # a killed writer leaves half a line
         last = None
         for line in map(json.loads, lines):
+            for said in NOTES:
+                line.pop(said, None)
             if "driver" in line:
-                last, self.attempt, self.serving = line["driver"], 0, ""
+                last, self.attempt, self.serving, self.evaluated = line["driver"], 0, "", {}
             elif "event" in line:
-                self.state.apply(line)
+                self._change(line)
+            elif "evaluated" in line:
+                self.evaluated[line["evaluated"]] = line["values"]
             else:
                 vars(self).update(line)
         if last == driver:
+            log.warning("the controller died and was restarted; by its journal, what was under way is asked for again")
             self.add("controller_restarted")
         else:
             self._append({"driver": driver})
-            self.attempt, self.serving = 0, ""
+            self.attempt, self.serving, self.evaluated = 0, "", {}
             self.add("driver_restarted", step=step)
 
-    def add(self, name: str, **fields: Any) -> None:
-        """Change the state by an event, on file first."""
-        self._append({"event": name, **fields})
-        self.state.apply({"event": name, **fields})
+    def add(self, name: str, note: Mapping[str, Any] | None = None, **fields: Any) -> None:
+        """Change the state by an event, on file first, with a note of what belongs to it."""
+        self._append({"event": name, **fields} | ({"note": note} if note else {}))
+        self._change({"event": name, **fields})
 
     def joined(self, attempt: int) -> None:
         """Note the trainer's attempt."""
@@ -61,6 +76,16 @@ class Journal:
         self._append({"serving": version})
         self.serving = version
 
+    def has_evaluated(self, step: int, values: dict[str, float]) -> None:
+        """Note an evaluation, so that whoever restarts can tell the trainer of it."""
+        self._append({"evaluated": step, "values": values})
+        self.evaluated[step] = values
+
+    def _change(self, event: dict[str, Any]) -> None:
+        self.state.apply(event)
+        if event["event"] == "trainer_restarted":  # what it has forgotten, it is told again
+            self.evaluated = {step: values for step, values in self.evaluated.items() if step <= event["step"]}
+
     def _append(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.write(json.dumps(line | {"time": round(time.time(), 4)}).encode() + b"\n")
         self._file.flush()

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rayft.actors import placement
 from rayft.actors.export import base_identity
+from rayft.actors.refusals import check_context, check_pool
 from rayft.actors.run import Run
 from rayft.checkpoint import resume
 from rayft.config import functions
 from rayft.config.environment import credentials, worker_environment
 from rayft.config.schema import GrpoRun
+from rayft.config.schema.online import Rollout
 from rayft.data import store
 from rayft.data.prompts import PromptSet, prepare_prompts
 from rayft.errors import ConfigError, ResourceError
@@ -27,45 +30,42 @@ log = logging.getLogger("rayft")
 CONCURRENCY = 10_000
 """Calls that an asynchronous actor may have open; its own bounds are elsewhere."""
 
+MOST_REQUESTS = {"cpu": 64, "cuda": 1024}
+"""Most requests that an engine computes at once, on GPUs as vLLM has it on large cards; what a step has beyond waits in the engine."""
+
 
 @contextmanager
 def open_flow(run: Run[GrpoRun]) -> Iterator[Launch[GrpoRun]]:
     """Make the pool and its controller, and yield what the trainer's workers are started with. All of it ends with the block.
 
     Raises:
-        ConfigError: a reward function cannot be loaded, or the run is to be without Ray.
+        ConfigError: a reward function or the environment cannot be loaded, or the run is to be without Ray.
         DataError: there are no prompts.
-        ResourceError: the cluster is too small for the engines.
+        ResourceError: the cluster is too small for the engines, or for reward models beside them.
     """
     import ray
 
     from rayft.actors.controller import Controller, Setup
     from rayft.actors.engine_actor import EngineActor, RewardActor
+    from rayft.actors.reward_model import open_models
     from rayft.experience.judge import reward_functions
+    from rayft.rollout.stage import maker_of, scene_of
 
     cfg = run.cfg
     if run.local:
         raise ConfigError("--local", None, "an online run needs Ray for its engines", "Leave it out; rollout.engine=local needs no vLLM")
     rewards = reward_functions(cfg)
-    for function in rewards.values():
-        functions.load_function(function)
+    scene = scene_of(cfg)
+    tools = maker_of(scene)[1] if scene is not None else None
     gpu = run.device_type == "cuda"
-    _check_cluster(cfg, gpu, ray.cluster_resources())
-    launch = _launch(run, cfg)
+    check_context(cfg)
+    check_pool(cfg, gpu, ray.cluster_resources())
+    launch = _launch(run, cfg, tools)
     newest = resume.newest(run.home)
-    driver, secrets, common = uuid.uuid4().hex[:8], credentials(), _options(cfg)
+    driver, secrets, common = uuid.uuid4().hex[:8], credentials(forward=cfg.env.forward), _options(cfg)
     engines = tuple(f"engine-{number}" for number in range(cfg.rollout.engines))
     judges = tuple(f"judge-{number}" for number in range(cfg.reward.workers))
     names = {name: f"{driver}-{name}" for name in (*engines, *judges, "controller")}
-    made = [
-        ray.remote(EngineActor)
-        .options(name=names[name], num_cpus=0 if gpu else 1, num_gpus=_share(cfg, gpu), **common)
-        .remote(_engine_options(cfg, run.device_type), secrets)
-        for name in engines
-    ]
-    if gpu and cfg.placement.mode == "colocated":  # an engine measures free memory while it starts
-        ray.get([engine.start.remote() for engine in made], timeout=cfg.rollout.start_s)
-    made += [ray.remote(RewardActor).options(name=names[name], num_cpus=0, **common).remote(cfg, rewards, secrets) for name in judges]
     setup = Setup(
         cfg=cfg,
         run_dir=run.run_dir,
@@ -77,17 +77,49 @@ def open_flow(run: Run[GrpoRun]) -> Iterator[Launch[GrpoRun]]:
         engines=tuple(names[name] for name in engines),
         judges=tuple(names[name] for name in judges),
     )
-    made.append(ray.remote(Controller).options(name=names["controller"], num_cpus=0, **common).remote(setup))
-    try:
+    with ExitStack() as made:
+        models = made.enter_context(open_models(cfg, driver, run.device_type, common, secrets))
+
+        def make(actor: type, name: str, *arguments: Any, cpus: int = 0, gpus: float = 0) -> Any:
+            options = {"name": names[name], "num_cpus": cpus, "num_gpus": gpus, **common}
+            handle = ray.remote(actor).options(**options).remote(*arguments)
+            made.callback(ray.kill, handle)
+            return handle
+
+        engine, cpus, gpus = _engine_options(cfg, run.device_type), int(not gpu), _share(cfg, gpu)
+        pool = [make(EngineActor, name, engine, secrets, cfg, scene, cpus=cpus, gpus=gpus) for name in engines]
+        if gpu and cfg.placement.mode == "colocated":  # an engine measures free memory while it starts
+            _start(pool, cfg)
+        for name in judges:
+            make(RewardActor, name, cfg, rewards, secrets, models)
+        make(Controller, "controller", setup)
         yield replace(launch, controller=names["controller"])
-    finally:
-        for actor in made:
-            ray.kill(actor)
 
 
-def _launch(run: Run[GrpoRun], cfg: GrpoRun) -> Launch[GrpoRun]:
-    train = prepare_prompts(cfg, "train")
-    held_out = prepare_prompts(cfg, "eval") if cfg.data.eval else None
+def _start(pool: Sequence[Any], cfg: GrpoRun) -> None:
+    """Wait until engines have started.
+
+    Raises:
+        ResourceError: one did not.
+    """
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+
+    began = time.monotonic()
+    try:
+        ray.get([engine.start.remote() for engine in pool], timeout=cfg.rollout.start_s)
+        log.info("engines started in %.0f s", time.monotonic() - began)
+    except GetTimeoutError as problem:
+        rule = "was not enough for the engines to start"
+        raise ResourceError("rollout.start_s", cfg.rollout.start_s, rule, "Look into their lines above, or raise it") from problem
+    except RayError as problem:
+        rule = f"did not start beside the trainer ({getattr(problem, 'cause', None) or type(problem).__name__})"
+        raise ResourceError("rollout.engine", cfg.rollout.engine, rule, "Look into the cause, then run the command again") from problem
+
+
+def _launch(run: Run[GrpoRun], cfg: GrpoRun, tools: list[dict[str, Any]] | None) -> Launch[GrpoRun]:
+    train = prepare_prompts(cfg, "train", tools)
+    held_out = prepare_prompts(cfg, "eval", tools) if cfg.data.eval else None
     count = len(PromptSet(train, seed=0, shuffle=False))
     return Launch(
         cfg=cfg,
@@ -115,16 +147,9 @@ def _share(cfg: GrpoRun, gpu: bool) -> float:
     return placement.ENGINE_SHARE if cfg.placement.mode == "colocated" else cfg.rollout.tensor_parallel
 
 
-def _check_cluster(cfg: GrpoRun, gpu: bool, resources: Mapping[str, float]) -> None:
-    """Refuse a pool that the cluster can never place beside the trainer."""
-    if gpu and cfg.placement.mode == "colocated":
-        return
-    kind, each = ("GPU", cfg.rollout.tensor_parallel) if gpu else ("CPU", 1)
-    workers = cfg.parallel.workers * placement.worker_resources(cfg.parallel, "cuda" if gpu else "cpu")[kind]
-    engines, have = cfg.rollout.engines * each, resources.get(kind, 0.0)
-    if engines + workers > have:
-        rule = f"need {engines} {kind}s beside {workers:g} of the trainer, the cluster has {have:g}"
-        raise ResourceError("rollout.engines", cfg.rollout.engines, rule, f"Use fewer, or add {kind}s{', or colocate them' if gpu else ''}")
+def _requests(rollout: Rollout, device_type: str) -> int:
+    """Requests that an engine computes at once: its part of a step, since a batch waits for its last answer."""
+    return min(-(-rollout.prompts_per_step // rollout.engines) * rollout.group_size, MOST_REQUESTS[device_type])
 
 
 def _engine_options(cfg: GrpoRun, device_type: str) -> Any:
@@ -141,8 +166,10 @@ def _engine_options(cfg: GrpoRun, device_type: str) -> Any:
         context=rollout.max_prompt_tokens + rollout.max_tokens,
         stop_tokens=(int(load_tokenizer(cfg.model).eos_token_id),),
         random_weights=cfg.model.init == "random",
+        concurrency=_requests(rollout, device_type),
         kv_cache_bytes=int(rollout.kv_cache_gib * 2**30),
         workers=rollout.tensor_parallel,
+        eager=rollout.eager or device_type == "cpu",
         seed=cfg.run.seed,
         trust_remote_code=cfg.model.trust_remote_code,
         deadline_s=rollout.start_s,

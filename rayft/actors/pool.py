@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,7 +25,9 @@ from rayft.errors import InfrastructureError, ResourceError
 log = logging.getLogger("rayft")
 
 T = TypeVar("T")
-LOOK_S, AGAIN_S = 1.0, 0.5
+LOOK_S, AGAIN_S, FREE_S = 1.0, 0.5, 0.02
+ROOMY = 0.9
+"""Share of a key-value cache below which it takes another group."""
 START_TRIES = 3
 
 
@@ -36,8 +40,11 @@ class Member:
         actor: its handle.
         life: of its process; empty while it is not up.
         version: of its weights.
-        running: groups that it was given.
+        running, tokens: groups that it was given, and most tokens that they can come to.
+        allowed: groups that it may have at once: all, until it has to take memory from one that is under way.
         looks, idle: times that it was looked at, and found with nothing to do, since the last figures.
+        kv_use: most of its key-value cache that was seen in use since then.
+        preemptions: since its start.
         failures: starts that went wrong in a row.
     """
 
@@ -46,9 +53,21 @@ class Member:
     life: str = ""
     version: str = ""
     running: int = 0
+    tokens: int = 0
+    allowed: float = math.inf
     looks: int = 0
     idle: int = 0
+    kv_use: float = 0.0
+    preemptions: float = 0.0
     failures: int = 0
+
+    def note(self, load: Mapping[str, float]) -> None:
+        """Take in what an engine says of its cache: half as many groups after a preemption, one more while there is room."""
+        if load["preemptions"] > self.preemptions:
+            self.allowed = max(1, self.running // 2)
+        elif load["kv_use"] < ROOMY:
+            self.allowed += 1
+        self.kv_use, self.preemptions = max(self.kv_use, load["kv_use"]), load["preemptions"]
 
 
 class Pool:
@@ -84,22 +103,30 @@ class Pool:
         """Those that are up and have other weights."""
         return [member for member in self._members if member.life and member.version != version]
 
-    @contextmanager
-    def take(self) -> Iterator[Member]:
-        """The serving engine with the fewest groups, for one group.
+    @asynccontextmanager
+    async def take(self, tokens: int) -> AsyncIterator[Member]:
+        """The serving engine with the fewest tokens ahead of it, of those that may have another group; once there is one.
+
+        Args:
+            tokens: most that the group can come to.
 
         Raises:
-            InfrastructureError: none serves.
+            InfrastructureError: none serves, or none had room within rollout.deadline_s.
         """
-        serving = self.serving()
-        if not serving:
-            raise InfrastructureError("rollout.engines", None, "no engine serves the current weights", "They come back by themselves")
-        member = min(serving, key=lambda one: one.running)
-        member.running += 1
+        until, remedy = time.monotonic() + self._rollout.deadline_s, "They come back by themselves"
+        while not (free := [member for member in self.serving() if member.running < member.allowed]):
+            if not self.serving():
+                raise InfrastructureError("rollout.engines", None, "no engine serves the current weights", remedy)
+            if time.monotonic() > until:
+                rule = f"no engine had room for another group within {self._rollout.deadline_s:g} s"
+                raise InfrastructureError("rollout.engines", None, rule, remedy)
+            await asyncio.sleep(FREE_S)
+        member = min(free, key=lambda one: one.tokens)
+        member.running, member.tokens = member.running + 1, member.tokens + tokens
         try:
             yield member
         finally:
-            member.running -= 1
+            member.running, member.tokens = member.running - 1, member.tokens - tokens
 
     def has(self, lives: Sequence[str], version: str) -> None:
         """These engines were brought to that version, and no other one serves."""
@@ -119,9 +146,15 @@ class Pool:
     def figures(self) -> dict[str, float]:
         """Metrics since the last call."""
         looks, idle = sum(member.looks for member in self._members), sum(member.idle for member in self._members)
+        kv_use, preemptions = max(member.kv_use for member in self._members), sum(member.preemptions for member in self._members)
         for member in self._members:
-            member.looks = member.idle = 0
-        return {"rollout/engines": float(len(self.serving())), "rollout/idle": idle / max(looks, 1)}
+            member.looks, member.idle, member.kv_use = 0, 0, 0.0
+        return {
+            "rollout/engines": float(len(self.serving())),
+            "rollout/idle": idle / max(looks, 1),
+            "rollout/kv_use": kv_use,
+            "rollout/preemptions": preemptions,
+        }
 
     def in_words(self) -> str:
         """How each engine is."""
@@ -152,10 +185,13 @@ class Pool:
             state: EngineState = await within(member.actor.state.remote(), self._rollout.health_s)
             if state.life != life:
                 return
+            if member.life != life:
+                member.allowed, member.preemptions = math.inf, 0.0
             news = member.life != life or member.version != state.version
             member.life, member.version, member.failures = life, state.version, 0
             member.looks += 1
             member.idle += not state.load["running"] + state.load["waiting"]
+            member.note(state.load)
             if news:
                 self._wake()
             await asyncio.sleep(LOOK_S)

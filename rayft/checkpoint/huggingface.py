@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -25,8 +25,11 @@ from rayft.data import store
 from rayft.data.store import Location
 from rayft.errors import room_for
 from rayft.models.adapt import adapter_config
+from rayft.models.experts import is_wrapper, update_of
 from rayft.models.hub import EXPORT
 from rayft.models.load import hf_name, is_adapter, read_config
+from rayft.models.nf4 import parameters_of, quantised
+from rayft.models.stacked import Stacks, parts, stacks_of, stored_names
 from rayft.models.tokenizer import load_tokenizer
 
 FILE_BYTES = 5 << 30
@@ -107,8 +110,10 @@ def _export_files(module: Any, model: Model, state: dict[str, Tensor], dtype: to
     with room_for(target):
         folder = _fresh(target) if dist.get_rank() == 0 else _temporary(target)
         dist.barrier()
-        writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_files(state), save_distributed=True, enable_consolidation=True)
-        dcp.save(cast(Any, state), storage_writer=writer)
+        stacks, numbers = stacks_of(module), _files(state)
+        files = {part: number for name, number in numbers.items() for part in _stored(name, state[name].shape[:1], stacks)}
+        writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True, enable_consolidation=True)
+        dcp.save(cast(Any, dict(_unstacked(state, stacks))), storage_writer=writer)
         if dist.get_rank() == 0:
             shutil.rmtree(folder / "sharded")
             _mark_format(folder)
@@ -123,17 +128,18 @@ def _export_objects(module: Any, model: Model, state: dict[str, Tensor], dtype: 
     numbers = _files(state)
     count = max(numbers.values())
     names = {number: f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors" for number in numbers.values()}
-    upload = _Upload(target) if dist.get_rank() == 0 else None
+    upload, stacks = _Upload(target) if dist.get_rank() == 0 else None, stacks_of(module)
     for number, file in names.items():
-        full = {name: _full(value).cpu().contiguous() for name, value in state.items() if numbers[name] == number}
+        full = {name: _full(value).cpu() for name, value in state.items() if numbers[name] == number}
         if upload is not None:
             with upload.file(file) as path:
-                save_file(full, path, metadata={"format": "pt"})
+                save_file({name: part.contiguous() for name, part in _unstacked(full, stacks)}, path, metadata={"format": "pt"})
     if upload is not None:
         with tempfile.TemporaryDirectory(prefix="rayft-export-") as folder, room_for(folder):
             _write_rest(module, model, dtype, Path(folder))
             if count > 1:
-                index = {"metadata": {"total_size": _bytes(state)}, "weight_map": {name: names[numbers[name]] for name in state}}
+                files = {part: names[numbers[name]] for name in state for part in _stored(name, state[name].shape[:1], stacks)}
+                index = {"metadata": {"total_size": _bytes(state)}, "weight_map": files}
                 (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
             upload.folder(Path(folder))
         upload.finish(step)
@@ -198,19 +204,45 @@ def _bytes(state: Mapping[str, Tensor]) -> int:
 
 
 def _merged(module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Checkpoint name -> weight in `dtype`, W + scaling B A in float32 before where there is an adapter; the model keeps its own."""
+    """Checkpoint name -> weight in `dtype`, W + scaling B A in float32 before where there is an adapter; the model keeps its own.
+
+    A W that is held in 4 bits is the one that training computed with.
+    """
+    packed = parameters_of(module)
     parameters = {
-        hf_name(name): p.detach() for name, p in module.named_parameters() if not is_adapter(name) and ".original_module." not in name
+        hf_name(name): p.detach()
+        for name, p in module.named_parameters()
+        if not is_adapter(name) and ".original_module." not in name and p not in packed
     }
+    held = {hf_name(f"{name}.weight"): part for name, part in quantised(module)}
     for name, part in module.named_modules():
-        if hasattr(part, "lora_A") and "default" in part.lora_A:
+        if is_wrapper(part):
+            key = hf_name(f"{name}.{part.parameter_name}")
+            parameters[key] = update_of(part, parameters[key]).to(dtype)
+        elif hasattr(part, "lora_A") and "default" in part.lora_A:
             key = f"{hf_name(name + '.')}weight"
             update = part.lora_B["default"].weight.detach().float() @ part.lora_A["default"].weight.detach().float()
-            base = parameters[key].float()
+            base = held.pop(key).dense(torch.float32) if key in held else parameters[key].float()
             # A frozen weight that a rank has all of is not sharded, whatever its adapter is.
             merged = base + part.scaling["default"] * (update if isinstance(base, DTensor) else _full(update))
             parameters[key] = merged.to(dtype)  # here, so that there is one float32 weight at a time
+    parameters |= {name: part.dense(dtype) for name, part in held.items()}
     return {name: value.to(dtype) for name, value in parameters.items()}
+
+
+def _stored(name: str, experts: Sequence[int], stacks: Stacks) -> list[str]:
+    """The names under which a weight is stored: those of its parts if it is a stack of `experts[0]`."""
+    found = stored_names(name, experts[0], stacks) if experts else []
+    return [part for of_expert in found for part in of_expert] or [name]
+
+
+def _unstacked(state: Mapping[str, Tensor], stacks: Stacks) -> Iterator[tuple[str, Tensor]]:
+    """(stored name, value), stacks in the parts that this rank has."""
+    for name, value in state.items():
+        if stored_names(name, 1, stacks):
+            yield from parts(name, value, stacks)
+        else:
+            yield name, value
 
 
 def _files(state: Mapping[str, Tensor]) -> dict[str, int]:

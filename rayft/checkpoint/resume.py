@@ -52,6 +52,7 @@ MAY_CHANGE = (
     "batch.micro_tokens",
     "placement",
     "weight_sync",
+    "environment.deadline_s",
     "reward.workers",
     "reward.deadline_s",
     "reward.retries",

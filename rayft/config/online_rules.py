@@ -10,7 +10,7 @@ from rayft.errors import ConfigError
 
 Refusals = Iterator[ConfigError]
 
-READY_REWARDS = ("exact", "format", "gsm8k", "length", "math")
+READY_REWARDS = ("code", "exact", "format", "gsm8k", "length", "math", "reasoning_gym")
 """Rewards of rayft/rewards that a configuration names without a colon; that room lies above this one."""
 
 
@@ -86,6 +86,20 @@ def adapters_do_not_drop(cfg: GrpoRun) -> Refusals:
         yield ConfigError("adapter.dropout", cfg.adapter.dropout, rule, "Set it to 0")
 
 
+def experts_are_not_adapted(cfg: GrpoRun) -> Refusals:
+    """Weights of experts are pushed one stack at a time, without what their adapters add."""
+    if cfg.adapter.target_parameters:
+        rule = "are not sent to engines yet, which would sample from another policy"
+        yield ConfigError("adapter.target_parameters", list(cfg.adapter.target_parameters), rule, "Leave it empty")
+
+
+def engines_have_the_base(cfg: GrpoRun) -> Refusals:
+    """They load the model's files as they are."""
+    if cfg.model.quantize != "none":
+        rule = "makes the trained policy another one than engines sample from, whose base is not quantised"
+        yield ConfigError("model.quantize", cfg.model.quantize, rule, "Set it to none")
+
+
 def gdpo_has_its_rewards(cfg: GrpoRun) -> Refusals:
     """It normalises rewards one by one, so a penalty outside of them would be lost."""
     if cfg.algorithm.advantage == "gdpo" and cfg.reward.overlong_buffer:
@@ -99,14 +113,96 @@ def reward_names_are_plain(cfg: GrpoRun) -> Refusals:
         field = f"reward.functions.{name}"
         if not name.replace("_", "").replace("-", "").isalnum():
             yield ConfigError(field, None, "the name of a reward is made of letters, digits, - and _", "Rename the reward")
+        if function.function is None:
+            continue
         if ":" in function.function and not SPEC.fullmatch(function.function):
             yield ConfigError(f"{field}.function", function.function, FORM, "Name one function, such as ./rewards.py:exact")
         if ":" not in function.function and function.function not in READY_REWARDS:
             remedy = f"Use one of {', '.join(READY_REWARDS)}, or name a function of your own, such as ./rewards.py:exact"
             yield ConfigError(f"{field}.function", function.function, "is not the name of a ready reward", remedy)
-        if function.function in READY_REWARDS and function.batch:
-            rule = f"gives all answers of a group at once, and the ready reward {function.function} takes one"
-            yield ConfigError(f"{field}.batch", True, rule, "Leave it out")
+        for form in ("batch", "trl") if function.function in READY_REWARDS else ():
+            if getattr(function, form):
+                rule = f"gives all answers of a group at once, and the ready reward {function.function} takes one"
+                yield ConfigError(f"{field}.{form}", True, rule, "Leave it out")
+        if function.batch and function.trl:
+            yield ConfigError(f"{field}.batch", True, "is another form of call than trl", "Keep one of them")
+
+
+def rewards_come_from_one_place(cfg: GrpoRun) -> Refusals:
+    """A function, an endpoint or a model."""
+    for name, one in cfg.reward.functions.items():
+        field = f"reward.functions.{name}"
+        named = [kind for kind in ("function", "judge", "model") if getattr(one, kind) is not None]
+        if len(named) != 1:
+            rule = f"has {' and '.join(named) or 'none'} of function, judge and model, and needs exactly one"
+            yield ConfigError(field, None, rule, "Keep one of them" if named else "Add one, such as function: exact")
+        for form in ("batch", "trl", "arguments"):
+            if one.function is None and getattr(one, form):
+                yield ConfigError(f"{field}.{form}", getattr(one, form), "is for a function, and there is none", "Leave it out")
+
+
+def judges_can_be_asked(cfg: GrpoRun) -> Refusals:
+    """Their address is one, and their key gets to where it is used."""
+    for name, one in cfg.reward.functions.items():
+        if (judge := one.judge) is None:
+            continue
+        field = f"reward.functions.{name}.judge"
+        if not judge.url.startswith(("http://", "https://")):
+            yield ConfigError(f"{field}.url", judge.url, "is no HTTP address", "Write it like http://host:8000/v1")
+        if judge.api_key_env is not None and judge.api_key_env not in cfg.env.forward:
+            rule = "is not in env.forward, so processes of rewards would not have it"
+            yield ConfigError(f"{field}.api_key_env", judge.api_key_env, rule, "Add it there")
+        if judge.json_field is not None and judge.score != type(judge).model_fields["score"].default:
+            yield ConfigError(f"{field}.score", judge.score, "is not read, as json_field is set", "Keep one of them")
+
+
+READY_ENVIRONMENTS = ("openenv", "tools")
+"""Environments of rayft/rollout/environments that a configuration names without a colon; that room lies above this one."""
+
+
+def environment_is_there(cfg: GrpoRun) -> Refusals:
+    """It can be found, and nothing is said of one that is not."""
+    section, field = cfg.environment, "environment.function"
+    name = section.function
+    if name is None and (section.arguments or section.tools):
+        rule = "is null, and environment has " + " and ".join(key for key in ("arguments", "tools") if getattr(section, key))
+        yield ConfigError(field, None, rule, f"Name one, such as {READY_ENVIRONMENTS[-1]}")
+    if name is not None and name not in READY_ENVIRONMENTS and not SPEC.fullmatch(name):
+        remedy = f"Use one of {', '.join(READY_ENVIRONMENTS)}, or name a class of your own, such as ./game.py:Game"
+        yield ConfigError(field, name, "is not the name of a ready environment", remedy)
+    if name == "tools" and not section.tools:
+        yield ConfigError("environment.tools", [], "is empty, and environment.function is tools", "Name functions, such as ./tools.py:look")
+    if name == "openenv" and "url" not in section.arguments:
+        rule = "is missing, and environment.function is openenv"
+        yield ConfigError("environment.arguments.url", None, rule, "Give the server's address, such as http://localhost:8000")
+    for spec in section.tools:
+        if not SPEC.fullmatch(spec):
+            yield ConfigError("environment.tools", spec, FORM, "Name a function, such as ./tools.py:look")
+
+
+def answers_are_rewarded(cfg: GrpoRun) -> Refusals:
+    """Something says what an answer is worth."""
+    if not cfg.reward.functions and cfg.environment.function in (None, "tools"):
+        rule = "is empty, and there is no environment that gives rewards"
+        yield ConfigError("reward.functions", {}, rule, "Name one, such as reward.functions.exact.function=exact")
+    if cfg.environment.function is not None and "environment" in cfg.reward.functions:
+        rule = "is the name of the environment's own reward"
+        yield ConfigError("reward.functions.environment", None, rule, "Rename the reward")
+
+
+def rerolls_have_a_filter(cfg: GrpoRun) -> Refusals:
+    """Only what was filtered is rolled again."""
+    unfiltered = cfg.algorithm.filter == "none" or (cfg.algorithm.filter is None and cfg.algorithm.type != "dapo")
+    if cfg.algorithm.rerolls and unfiltered:
+        rule = "has no filtered groups to roll again"
+        yield ConfigError("algorithm.rerolls", cfg.algorithm.rerolls, rule, "Set algorithm.filter to zero_variance, or remove the key")
+
+
+def the_best_can_be_kept(cfg: GrpoRun) -> Refusals:
+    """What a checkpoint is worth is known a step after it was saved, when the next one may be there."""
+    if cfg.checkpoint.keep_best and cfg.checkpoint.keep < 2:
+        rule = "deletes a checkpoint before its reward is known, and checkpoint.keep_best is true"
+        yield ConfigError("checkpoint.keep", cfg.checkpoint.keep, rule, "Use 2 or more")
 
 
 ONLINE_RULES: tuple[Callable[[GrpoRun], Refusals], ...] = (
@@ -118,7 +214,15 @@ ONLINE_RULES: tuple[Callable[[GrpoRun], Refusals], ...] = (
     colocated_engines_pair_with_workers,
     transports_reach,
     adapters_do_not_drop,
+    engines_have_the_base,
+    experts_are_not_adapted,
     gdpo_has_its_rewards,
     reward_names_are_plain,
+    rewards_come_from_one_place,
+    judges_can_be_asked,
+    environment_is_there,
+    answers_are_rewarded,
+    rerolls_have_a_filter,
+    the_best_can_be_kept,
 )
 """Applied after the shared ones."""

@@ -150,7 +150,7 @@ def evaluation_has_sources(cfg: AnyRun) -> Refusals:
             yield ConfigError(f"eval.{name}", getattr(cfg.eval, name), rule, f"Add a source under data.eval, or remove eval.{name}")
 
 
-def evaluations_are_repeated(cfg: SftRun) -> Refusals:
+def evaluations_are_repeated(cfg: AnyRun) -> Refusals:
     """What compares evaluations needs more than the one at the end."""
     repeated = bool(cfg.data.eval) and cfg.eval.every is not None
     remedy = "Add a source under data.eval and set eval.every, or remove the key"
@@ -239,6 +239,13 @@ def unfrozen_has_no_adapter(cfg: AnyRun) -> Refusals:
         yield ConfigError("model.unfrozen", list(cfg.model.unfrozen), rule, "Use adapter.modules_to_save, or adapter.type none")
 
 
+def quantised_weights_are_frozen(cfg: AnyRun) -> Refusals:
+    """4 bits take no update."""
+    if cfg.model.quantize != "none" and cfg.adapter.type != "lora":
+        rule = "cannot be trained in full, and adapter.type is none"
+        yield ConfigError("model.quantize", cfg.model.quantize, rule, "Set adapter.type to lora, or model.quantize to none")
+
+
 def min_lr_has_a_schedule(cfg: AnyRun) -> Refusals:
     """A constant learning rate has no end to fall to."""
     if cfg.optim.schedule == "constant" and cfg.optim.min_lr_ratio > 0:
@@ -251,7 +258,7 @@ def adapter_is_asked_for(cfg: AnyRun) -> Refusals:
     if cfg.adapter.type != "none":
         return
     silent = "type" not in cfg.adapter.model_fields_set
-    for name in _changed(cfg.adapter, tuple(Adapter.model_fields)) if silent else _changed(cfg.adapter, ("modules_to_save",)):
+    for name in _changed(cfg.adapter, tuple(Adapter.model_fields) if silent else ("target_parameters", "modules_to_save")):
         rule = "needs an adapter, and adapter.type is none"
         yield ConfigError(f"adapter.{name}", getattr(cfg.adapter, name), rule, "Set adapter.type to lora, or remove the key")
 
@@ -298,14 +305,23 @@ def callbacks_are_named(cfg: AnyRun) -> Refusals:
 
 def attention_runs_on_the_device(cfg: AnyRun) -> Refusals:
     """What is asked of a CPU by name must have a backward there."""
-    if cfg.parallel.device == "cpu" and cfg.parallel.attention == "flex":
-        yield ConfigError("parallel.attention", "flex", "flex attention has no backward on CPUs", "Use auto or sdpa")
+    reasons = {"flex": "flex attention has no backward on CPUs", "triton": "Triton kernels run on GPUs only"}
+    if cfg.parallel.device == "cpu" and cfg.parallel.attention in reasons:
+        yield ConfigError("parallel.attention", cfg.parallel.attention, reasons[cfg.parallel.attention], "Use auto or sdpa")
 
 
 def lora_kernels_have_an_adapter(cfg: AnyRun) -> Refusals:
     """Fused LoRA that is asked for by name needs a LoRA adapter."""
     if cfg.kernels.lora == "on" and cfg.adapter.type != "lora":
         yield ConfigError("kernels.lora", "on", "there is no LoRA adapter", "Set adapter.type to lora, or kernels.lora to auto")
+
+
+def lean_head_is_trained(cfg: AnyRun) -> Refusals:
+    """A lean loss saves the float32 sum of a trained head's gradient, and policy gradients have none."""
+    frozen = cfg.adapter.type == "lora" and not cfg.adapter.modules_to_save
+    if cfg.kernels.linear_cross_entropy == "lean" and (frozen or cfg.method != "sft"):
+        rule = "the head is frozen" if frozen else "the loss of this method computes the logits twice in any case"
+        yield ConfigError("kernels.linear_cross_entropy", "lean", f"would save nothing, as {rule}", "Set it to fast")
 
 
 RULES: tuple[Callable[[AnyRun], Refusals], ...] = (
@@ -317,6 +333,7 @@ RULES: tuple[Callable[[AnyRun], Refusals], ...] = (
     offloaded_state_has_its_optimizer,
     run_ends_within_its_schedule,
     evaluation_has_sources,
+    evaluations_are_repeated,
     trackers_are_named,
     warmup_fits,
     moments_decay,
@@ -325,6 +342,7 @@ RULES: tuple[Callable[[AnyRun], Refusals], ...] = (
     optimizer_has_its_fields,
     learning_rates_do_not_compete,
     unfrozen_has_no_adapter,
+    quantised_weights_are_frozen,
     adapter_is_asked_for,
     adapter_dropout_keeps_something,
     adapter_targets_can_match,
@@ -333,6 +351,7 @@ RULES: tuple[Callable[[AnyRun], Refusals], ...] = (
     callbacks_are_named,
     attention_runs_on_the_device,
     lora_kernels_have_an_adapter,
+    lean_head_is_trained,
 )
 """Those of every run, applied in this order."""
 
@@ -342,7 +361,6 @@ ROW_RULES: tuple[Callable[[SftRun], Refusals], ...] = (
     shards_fit,
     packing_has_a_choice,
     micro_rows_fit,
-    evaluations_are_repeated,
     samples_have_prompts,
 )
 """Those of runs on packed rows."""

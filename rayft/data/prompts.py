@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayft.config.schema import Data, Dataset
-from rayft.data import shards, store
+from rayft.data import shards, store, tasks
 from rayft.data.chat import TEMPLATE_ERRORS, Conversation, renderer
 from rayft.data.formats import chat, instruction
 from rayft.data.formats.columns import encodable, text_column
@@ -34,25 +35,36 @@ if TYPE_CHECKING:
 log = logging.getLogger("rayft")
 
 FILE = "prompts.parquet"
+ASKED = "asked"
+"""Column that the row of a chat or instruction has beside its own: the messages that the policy is asked with."""
 SCHEMA = pa.schema([("tokens", pa.list_(pa.int32())), ("row", pa.string())])
 AS_CHAT = Data.model_construct(train={}, roles_to_train=("assistant",), train_on_inputs=False)
 """What the readers of chats ask of a data section; nothing of it shows in a prompt."""
 
 
-def prepare_prompts(cfg: GrpoRun, split: Literal["train", "eval"]) -> str:
+Tools = list[dict[str, Any]]
+"""JSON schemas of functions that the policy may call."""
+
+
+def prepare_prompts(cfg: GrpoRun, split: Literal["train", "eval"], tools: Tools | None = None) -> str:
     """The folder of a split's rendered prompts, by path or URL; written when it is not there yet.
+
+    Args:
+        cfg: the run.
+        split: of the data.
+        tools: of the run's environment, which prompts show whose rows have no tools of their own.
 
     Raises:
         DataError: files are missing or malformed, a prompt is too long while data.too_long is raise, or none can be used.
     """
     tokenizer = load_tokenizer(cfg.model)
     cfg = with_hub_files(cfg, split)
-    folder = store.join(cache_dir(cfg), f"prompts-{split}-{_key(cfg, split, fingerprint(tokenizer))[:16]}")
+    folder = store.join(cache_dir(cfg), f"prompts-{split}-{_key(cfg, split, fingerprint(tokenizer), tools)[:16]}")
     file = store.join(folder, FILE)
     store.make_folder(cache_dir(cfg))
     with exclusive(f"{folder}.lock", cfg.run.deadline_s):
         if not store.exists(file):
-            _write(cfg, split, tokenizer, file)
+            _write(cfg, split, tokenizer, file, tools)
     return folder
 
 
@@ -88,7 +100,7 @@ class PromptSet:
         return self._order[1]
 
 
-def prompt_tokens(row: Mapping[str, Any], dataset: Dataset, tokenizer: Tokenizer, where: str) -> list[int]:
+def prompt_tokens(row: Mapping[str, Any], dataset: Dataset, tokenizer: Tokenizer, where: str, tools: Tools | None = None) -> list[int]:
     """The ids that a policy is asked with: a chat or instruction with the template's generation prompt, or a text as it is.
 
     Raises:
@@ -100,7 +112,7 @@ def prompt_tokens(row: Mapping[str, Any], dataset: Dataset, tokenizer: Tokenizer
         return [*leading_tokens(tokenizer), *backend.encode(text, add_special_tokens=False).ids]
     conversation = _conversation(row, dataset, where)
     try:
-        text = renderer(tokenizer, conversation.tools)(conversation.messages, True)
+        text = renderer(tokenizer, conversation.tools or tools)(conversation.messages, True)
     except TEMPLATE_ERRORS as problem:
         rule = f"the chat template refuses the row ({problem})"
         raise DataError(where, None, rule, "Correct the row, or choose another template with model.chat_template") from problem
@@ -129,25 +141,32 @@ def _conversation(row: Mapping[str, Any], dataset: Dataset, where: str) -> Conve
     return Conversation(messages, (False,) * len(messages), tools=found.tools)
 
 
-def _key(cfg: GrpoRun, split: str, tokenizer: str) -> str:
+def _key(cfg: GrpoRun, split: str, tokenizer: str, tools: Tools | None) -> str:
     """Hex sha256 over everything that changes the rendered prompts."""
     datasets: dict[str, Dataset] = getattr(cfg.data, split)
     parts = {
         "version": shards.DATA_VERSION,
         "datasets": [
-            [name, one.model_dump(mode="json", exclude={"path"}), [shards.identity(file) for file in resolve_files(name, one, split)]]
-            for name, one in datasets.items()
+            [name, one.model_dump(mode="json", exclude={"path"}), _identities(name, one, split)] for name, one in datasets.items()
         ],
+        "columns": [ASKED],
         "longest": [cfg.rollout.max_prompt_tokens, cfg.data.too_long],
         "tokenizer": tokenizer,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts | ({"tools": tools} if tools else {}), sort_keys=True).encode()).hexdigest()
 
 
-def _write(cfg: GrpoRun, split: str, tokenizer: Tokenizer, file: str) -> None:
+def _identities(name: str, dataset: Dataset, split: str) -> list[Any]:
+    """What tells the rows of a source from others."""
+    if dataset.path.startswith(tasks.SCHEME):
+        return [dataset.path, tasks.version()]
+    return [shards.identity(file) for file in resolve_files(name, dataset, split)]
+
+
+def _write(cfg: GrpoRun, split: str, tokenizer: Tokenizer, file: str, tools: Tools | None) -> None:
     found: dict[str, list[Any]] = {"tokens": [], "row": []}
     dropped = 0
-    for where, row, tokens in _rendered(cfg, split, tokenizer):
+    for where, row, tokens in _rendered(cfg, split, tokenizer, tools):
         if len(tokens) > cfg.rollout.max_prompt_tokens:
             if cfg.data.too_long == "raise":
                 rule = f"the prompt has {len(tokens)} tokens, rollout.max_prompt_tokens = {cfg.rollout.max_prompt_tokens}"
@@ -165,10 +184,21 @@ def _write(cfg: GrpoRun, split: str, tokenizer: Tokenizer, file: str) -> None:
     log.info("%s: %d prompts, %d longer than rollout.max_prompt_tokens left out; in %s", split, len(found["tokens"]), dropped, file)
 
 
-def _rendered(cfg: GrpoRun, split: str, tokenizer: Tokenizer) -> Iterator[tuple[str, Mapping[str, Any], list[int]]]:
+def _rendered(cfg: GrpoRun, split: str, tokenizer: Tokenizer, tools: Tools | None) -> Iterator[tuple[str, Mapping[str, Any], list[int]]]:
     """(place, row, tokens) of every row, in the order of the sources."""
     datasets: dict[str, Dataset] = getattr(cfg.data, split)
-    for unit in plan_units(split, datasets, unit_mb=1e6):
-        for place, row in unit.rows():
-            where = row_place(unit.file, place)
-            yield where, row, prompt_tokens(row, datasets[unit.source], tokenizer, where)
+    for where, row, dataset in _rows(split, datasets):
+        asked = {} if dataset.format == "text" else {ASKED: _conversation(row, dataset, where).messages}
+        yield where, {**row, **asked}, prompt_tokens(row, dataset, tokenizer, where, tools)
+
+
+def _rows(split: str, datasets: dict[str, Dataset]) -> Iterator[tuple[str, Mapping[str, Any], Dataset]]:
+    """(place, row, source) of every row, in the order of the sources."""
+    for name, dataset in datasets.items():
+        if dataset.path.startswith(tasks.SCHEME):
+            for number, row in islice(tasks.rows(f"data.{split}.{name}.path", dataset.path), dataset.limit):
+                yield f"{dataset.path} row {number}", row, dataset
+            continue
+        for unit in plan_units(split, {name: dataset}, unit_mb=1e6):
+            for place, row in unit.rows():
+                yield row_place(unit.file, place), row, dataset

@@ -9,7 +9,8 @@ serving engines have. With B groups in a step and a bound of S steps:
 
 A group is due by step v + S when it was started under version v. The first rule alone does not bound the age of a group that is slow while
 others overtake it; with the second, no token of a batch of step n is older than version n - S, and a slow group is waited for, not dropped.
-Groups that were filtered, dropped or restarted give their place back.
+Groups that were filtered, dropped or restarted give their place back. A filtered one may be rolled again, under later weights than those
+that it was started under: it counts as a new group then, whose answers are drawn anew.
 
 Batches stay pinned until a checkpoint that covers them is committed. A trainer that restarts from step k gets the batches k, k + 1, ...
 again, and nothing is started before it has caught up and pushed its weights.
@@ -36,8 +37,9 @@ class Limits:
         groups: groups in a step (B).
         staleness: steps that a token may be behind the weights that are trained with it (S).
         steps: steps of the run; nothing is started for later ones.
-        restarts: times that a group is started again after a process died under it.
+        restarts: times that a group is started again after a process died under it, and after its environment failed.
         rescores: times that a group is scored again after its reward failed.
+        rerolls: times that a filtered group is started again under later weights.
     """
 
     groups: int
@@ -45,6 +47,7 @@ class Limits:
     steps: int
     restarts: int
     rescores: int
+    rerolls: int = 0
 
 
 @dataclass
@@ -60,7 +63,9 @@ class Admission:
         batches: step -> its groups, of every step so far.
         missing: groups of batches whose answers were lost and are not back yet.
         committed: steps that a committed checkpoint covers.
-        counts: "filtered", "dropped", "restarted" and "rescored" groups so far.
+        rolls: ordinal -> times that its answers were rolled again, or are to be.
+        later: filtered groups to roll again -> version that they were started under.
+        counts: "filtered", "dropped", "restarted", "rescored" and "rerolled" groups so far.
         failures: (what, ordinal) -> times, of groups in flight.
     """
 
@@ -75,6 +80,8 @@ class Admission:
     batches: dict[int, tuple[int, ...]] = field(default_factory=dict)
     missing: set[int] = field(default_factory=set)
     committed: int = 0
+    rolls: Counter[int] = field(default_factory=Counter)
+    later: dict[int, int] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     failures: Counter[tuple[str, int]] = field(default_factory=Counter)
 
@@ -93,7 +100,8 @@ class Admission:
         steps = min(self.version + 1 + self.limits.staleness, self.limits.steps)
         if not self.caught_up or taken >= self.limits.groups * steps:
             return None
-        return self.again[0] if self.again else self.next_ordinal
+        due = next((ordinal for ordinal, version in self.later.items() if version < self.version), self.next_ordinal)
+        return self.again[0] if self.again else due
 
     def batch(self, step: int) -> tuple[int, ...] | None:
         """The groups of a step's batch: the ones it already has, or those that it may take now; None while that must wait."""
@@ -125,6 +133,8 @@ def started(state: Admission, ordinal: int) -> None:
     """An engine was given the group."""
     if ordinal in state.again:
         state.again.remove(ordinal)
+    if state.later.pop(ordinal, None) is not None:
+        state.counts["rerolled"] += 1
     state.next_ordinal = max(state.next_ordinal, ordinal + 1)
     state.running[ordinal] = state.version
 
@@ -144,11 +154,15 @@ def scored(state: Admission, ordinal: int, kept: bool) -> None:
         state.accepted[ordinal] = version
     else:
         state.counts["filtered"] += 1
+        if state.rolls[ordinal] < state.limits.rerolls:
+            state.rolls[ordinal] += 1
+            state.later[ordinal] = version
 
 
 def failed(state: Admission, ordinal: int, why: str) -> None:
-    """A rollout died with its process ("process"), its reward failed ("reward"), or its row cannot be used ("data")."""
-    budget = {"process": state.limits.restarts, "reward": state.limits.rescores, "data": 0}[why]
+    """A rollout died with its process ("process") or by its environment ("environment"), its reward failed ("reward"), or its row cannot be
+    used ("data")."""
+    budget = {"process": state.limits.restarts, "environment": state.limits.restarts, "reward": state.limits.rescores, "data": 0}[why]
     state.failures[why, ordinal] += 1
     if state.failures[why, ordinal] > budget:
         _drop(state, ordinal)
@@ -237,7 +251,7 @@ def _restart(state: Admission, ordinal: int) -> None:
 
 
 def _clear_failures(state: Admission, ordinal: int) -> None:
-    for why in ("process", "reward", "data"):
+    for why in ("process", "environment", "reward", "data"):
         state.failures.pop((why, ordinal), None)
 
 

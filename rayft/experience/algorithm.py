@@ -66,11 +66,17 @@ def weighing_of(cfg: GrpoRun) -> Weighing:
     preset = PRESETS[cfg.algorithm.type]
     return Weighing(
         advantage=cfg.algorithm.advantage or preset.advantage,
-        reward_weights={name: function.weight for name, function in cfg.reward.functions.items()},
+        reward_weights=reward_weights_of(cfg),
         average=cfg.algorithm.average or preset.average,
         max_tokens=cfg.rollout.max_tokens,
         mask_truncated=cfg.algorithm.mask_truncated,
     )
+
+
+def reward_weights_of(cfg: GrpoRun) -> dict[str, float]:
+    """Weight of every reward that an answer gets, by name."""
+    own = {"environment": cfg.environment.weight} if cfg.environment.function is not None else {}
+    return {name: function.weight for name, function in cfg.reward.functions.items()} | own
 
 
 def filter_of(algorithm: Algorithm) -> str:

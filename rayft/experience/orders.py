@@ -24,7 +24,7 @@ class Order:
         groups: number in the batch -> reference to the group, of what a rank needs.
         scores: of all groups of the batch, in order.
         updates: what to compute; for a rank, with its own part alone.
-        records: (step, metrics) for rank 0 to log.
+        records: (step, metrics) to log; an evaluation may come more than once.
         error: why to stop.
     """
 
@@ -40,8 +40,8 @@ class Order:
     error: RayftError | None = None
 
     def part(self, rank: int) -> Order:
-        """The order as a rank needs it: its own answers, their groups, and the records for rank 0 only."""
+        """The order as a rank needs it: its own answers and their groups."""
         updates = tuple(replace(update, micro=(update.micro[rank],)) for update in self.updates)
         needed = {answer.group for update in updates for micro in update.micro[0] for answer in micro}
         groups = {number: reference for number, reference in self.groups.items() if number in needed}
-        return replace(self, updates=updates, groups=groups, records=self.records if rank == 0 else ())
+        return replace(self, updates=updates, groups=groups)

@@ -22,7 +22,7 @@ from rayft.experience.advantages import ADVANTAGES, gdpo
 from rayft.types import Batch, Group, Scored
 
 BUCKET = 1024
-"""Micro-batches are padded to multiples of so many tokens, or to the budget when it is smaller, so that compiled code meets few shapes."""
+"""Micro-batches are padded to multiples of so many tokens, or to the budget when it is smaller, where nothing is compiled for one size."""
 
 Average = Literal["token", "sequence", "constant"]
 
@@ -127,7 +127,7 @@ def _update(answers: list[Answer], batch: Sequence[Scored], weighing: Weighing, 
     return Update(micro, max(map(len, rows)), max(divisor, 1.0))
 
 
-def build(answers: Sequence[Answer], groups: Mapping[int, Group], *, budget: int, documents: int, step: int) -> Batch:
+def build(answers: Sequence[Answer], groups: Mapping[int, Group], *, budget: int, documents: int, step: int, whole: bool = False) -> Batch:
     """The micro-batch of these answers, each a document of its prompt and what follows.
 
     Args:
@@ -135,13 +135,14 @@ def build(answers: Sequence[Answer], groups: Mapping[int, Group], *, budget: int
         groups: those of the answers, by their number in the batch.
         budget, documents: of the plan; they give tensors of few shapes.
         step: of the run.
+        whole: pad to the budget, so that compiled code meets one shape; else to a multiple of BUCKET.
 
     Returns:
         A batch on the CPU with rollout_logprobs, advantages and versions, in pinned memory where there is a GPU.
     """
     parts = [_document(answer, groups[answer.group]) for answer in answers]
     used = sum(answer.size for answer in answers)
-    length = min(budget, -(-max(used, 1) // BUCKET) * BUCKET)
+    length = budget if whole else min(budget, -(-max(used, 1) // BUCKET) * BUCKET)
     padding = _Document.blank(length - used)
     parts += [padding] if length > used else []
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _Document.__annotations__}

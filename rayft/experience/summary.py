@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rayft.types import Scored
 
 Z95 = 1.96
-COUNTS = ("filtered", "dropped", "restarted", "rescored")
+COUNTS = ("filtered", "dropped", "restarted", "rescored", "rerolled")
 """What `Admission.counts` counts, each a metric under rollout/."""
 
 
@@ -31,6 +31,8 @@ def of_batch(groups: Sequence[Scored], step: int) -> dict[str, float]:
         "rollout/truncated": statistics.fmean(truncated),
         "staleness/max": float(max(step - group.oldest for group in groups)),
     }
+    if turns := [turn for group in groups for turn in group.turns]:
+        values["rollout/turns"] = statistics.fmean(turns)
     for name in sorted({name for group in groups for name in group.rewards}):
         values[f"reward/part/{name}"] = statistics.fmean(value for group in groups for value in group.rewards.get(name, ()))
     return values

@@ -30,26 +30,22 @@ def next_token(terms: Terms, batch: Batch) -> tuple[Tensor, Metrics]:
 def supervised_loss(sources: Collection[str]) -> tuple[LossFn, Need]:
     """The loss over the sources of a split, and what it asks of `model.score`.
 
-    One source takes the head's fused sum. Several are told apart token by token, so their log-probabilities are asked for, which
-    costs a second pass over the head in the backward.
-
     Args:
-        sources: their names in the order of `Batch.source_ids`.
+        sources: their names in the order of `Batch.source_ids`; several are told apart in the metrics.
     """
-    return (next_token, NEED) if len(sources) < 2 else (partial(next_token_by_source, tuple(sources)), "logprobs")
+    return (next_token, NEED) if len(sources) < 2 else (partial(next_token_by_source, tuple(sources)), NEED)
 
 
 def next_token_by_source(sources: Sequence[str], terms: Terms, batch: Batch) -> tuple[Tensor, Metrics]:
     """The same sum as `next_token`, with the part and the loss weights of each source among the metrics."""
-    assert terms.logprobs is not None, "next_token_by_source reads terms scored with need=logprobs"
+    loss, metrics = next_token(terms, batch)
+    assert terms.nll_parts is not None
     weights = batch.loss_weights.index_select(0, batch.trained)
-    nll = -weights * terms.logprobs
     owners = batch.source_ids.index_select(0, batch.trained).long()
-    parts = [weights.new_zeros(len(sources)).index_add_(0, owners, values) for values in (nll.detach(), weights)]
-    metrics = {"train/num_tokens": nll.new_full((), batch.trained.shape[0])}
+    parts = [values.new_zeros(len(sources)).index_add_(0, owners, values) for values in (terms.nll_parts, weights)]
     for name, part, weight in zip(sources, parts[0].unbind(), parts[1].unbind(), strict=True):
         metrics |= {f"train/loss/{name}": part, f"train/weights/{name}": weight}
-    return nll.sum(), metrics
+    return loss, metrics
 
 
 _HIGH = 3.0

@@ -6,6 +6,7 @@ a resumed run, another world size or another micro-batch split drops the same va
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +17,13 @@ from torch import Tensor, nn
 
 from rayft.config.schema import Adapter
 from rayft.errors import ConfigError
+from rayft.models.experts import is_wrapper
 from rayft.models.load import is_adapter, seed_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger("rayft")
 
 _TOWERS = re.compile(
     r"(^|\.)(vision_tower|vision_model|vision_encoder|embed_vision|multi_modal_projector|visual|audio_tower|audio_model|embed_audio)(\.|$)"
@@ -35,7 +39,7 @@ def adapt(module: PreTrainedModel, adapter: Adapter, seed: int) -> list[str]:
         seed: run.seed, for the dropout.
 
     Returns:
-        Names of the modules that got an adapter; empty when every weight is trained.
+        Names of the modules and stacks that got an adapter; empty when every weight is trained.
 
     Raises:
         ConfigError: a target or a module to save matches nothing, or cannot be trained that way.
@@ -45,16 +49,18 @@ def adapt(module: PreTrainedModel, adapter: Adapter, seed: int) -> list[str]:
         return []
     from peft import inject_adapter_in_model
 
-    targets = match_targets(module, adapter.targets)
+    targets, stacks = match_targets(module, adapter.targets), match_parameters(module, adapter.target_parameters)
     _check_modules_to_save(module, adapter.modules_to_save)
     inject_adapter_in_model(lora_config(adapter, targets), module)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(is_adapter(name) or ".modules_to_save." in name)
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
+    if adapter.dropout > 0 and adapter.target_parameters:
+        log.warning("adapter.dropout = %s holds for linear layers; adapters on stacks of experts cannot drop and use 0", adapter.dropout)
     if adapter.dropout > 0:
         _replace_dropout(module, adapter.dropout, seed)
-    return targets
+    return targets + stacks
 
 
 @contextmanager
@@ -81,8 +87,9 @@ def lora_config(adapter: Adapter, targets: list[str], base: str | None = None) -
         base_model_name_or_path=base,
         r=adapter.r,
         lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
+        lora_dropout=0.0 if adapter.target_parameters else adapter.dropout,  # peft takes none beside parameters; see _replace_dropout
         target_modules=targets,
+        target_parameters=list(adapter.target_parameters) or None,
         use_rslora=adapter.rslora,
         modules_to_save=list(adapter.modules_to_save) or None,
         task_type="CAUSAL_LM",
@@ -91,7 +98,7 @@ def lora_config(adapter: Adapter, targets: list[str], base: str | None = None) -
 
 def adapter_config(module: nn.Module, adapter: Adapter, base: str) -> Any:
     """The peft configuration of an adapted model, its targets as name endings where these say the same."""
-    adapted = [name for name, part in module.named_modules() if hasattr(part, "lora_A")]
+    adapted = [name for name, part in module.named_modules() if hasattr(part, "lora_A") and not is_wrapper(part)]
     endings = sorted({name.rsplit(".", 1)[-1] for name in adapted})
     same = [name for name, part in module.named_modules() if name.rsplit(".", 1)[-1] in endings and not is_adapter(name + ".")]
     return lora_config(adapter, endings if len(same) == len(adapted) else adapted, base)
@@ -108,8 +115,12 @@ def match_targets(module: PreTrainedModel, targets: str | tuple[str, ...]) -> li
     """
     head = module.get_output_embeddings()
     names = {name: part for name, part in module.named_modules() if name and part is not head}
+    taken = _taken_for_experts(module)
     if targets == "all-linear":
         matched = [name for name, part in names.items() if isinstance(part, nn.Linear) and not _TOWERS.search(name)]
+        if kept := [name for name in matched if name.rsplit(".", 1)[-1] in taken]:
+            log.warning("adapter.targets = all-linear leaves out %s and the like, which peft would take for experts", kept[0])
+        matched = [name for name in matched if name not in kept]
     else:
         wanted = [targets] if isinstance(targets, str) else list(targets)
         select = _full_match(targets) if isinstance(targets, str) else _ends_with
@@ -122,6 +133,9 @@ def match_targets(module: PreTrainedModel, targets: str | tuple[str, ...]) -> li
                     "Name endings such as q_proj, a full-match regular expression, or all-linear",
                 )
         matched = [name for name in names if any(select(name, target) for target in wanted)]
+    if hijacked := [name for name in matched if name.rsplit(".", 1)[-1] in taken]:
+        rule = "cannot have an adapter, because peft would put it on the experts of this family instead"
+        raise ConfigError("adapter.targets", hijacked[0], rule, "Leave it out, or adapt the experts by adapter.target_parameters")
     if wrong := [name for name in matched if not isinstance(names[name], nn.Linear)]:
         raise ConfigError(
             "adapter.targets",
@@ -137,6 +151,45 @@ def match_targets(module: PreTrainedModel, targets: str | tuple[str, ...]) -> li
             "Name endings such as q_proj, or a full-match regular expression",
         )
     return matched
+
+
+def _taken_for_experts(module: PreTrainedModel) -> set[str]:
+    """Endings of linear layers that peft turns into targets of stacked experts, as it converts adapters of transformers 4.
+
+    In families whose experts were linear layers once, it does not tell those from a dense or shared MLP of the same names.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    endings = {name.rsplit(".", 1)[-1] for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    probe = LoraConfig(target_modules=sorted(endings))
+    convert_peft_config_for_transformers(probe, module, None)
+    return endings - set(probe.target_modules)
+
+
+def match_parameters(module: PreTrainedModel, endings: tuple[str, ...]) -> list[str]:
+    """Names of the stacks of experts that `adapter.target_parameters` selects by name endings, in model order.
+
+    Raises:
+        ConfigError: an ending matches nothing, or something that is no stack of a class that states its orientation.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    for ending in endings:
+        matched = [name for name in names if _ends_with(name, ending)]
+        if not matched:
+            stacks = sorted({name.rsplit(".", 2)[-2] + "." + name.rsplit(".", 1)[-1] for name in names if _is_stack(module, name)})
+            rule = f"matches no parameter of the model (its stacks of experts end in {', '.join(stacks) or 'nothing: it has none'})"
+            raise ConfigError("adapter.target_parameters", ending, rule, "Name endings such as experts.gate_up_proj, or leave it empty")
+        if other := [name for name in matched if not _is_stack(module, name)]:
+            rule = f"matches {other[0]}, which is no stack of experts whose class states its orientation"
+            raise ConfigError(
+                "adapter.target_parameters", ending, rule, "Match only stacks of experts; linear layers go to adapter.targets"
+            )
+    return [name for name in names if any(_ends_with(name, ending) for ending in endings)]
+
+
+def _is_stack(module: nn.Module, name: str) -> bool:
+    return module.get_parameter(name).ndim == 3 and hasattr(module.get_submodule(name.rpartition(".")[0]), "is_transposed")
 
 
 def _full_match(pattern: str) -> Callable[[str, str], bool]:
@@ -227,5 +280,5 @@ def _replace_dropout(module: nn.Module, p: float, seed: int) -> None:
     keys = DropoutKeys()
     module.dropout_keys = keys  # type: ignore[assignment]
     for name, part in module.named_modules():
-        if hasattr(part, "lora_dropout"):
+        if hasattr(part, "lora_dropout") and not is_wrapper(part):
             part.lora_dropout = nn.ModuleDict({"default": RowDropout(p, seed_of(seed, "dropout", name), keys)})

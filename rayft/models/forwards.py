@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayft.models.adapt import RowDropout
+from rayft.models.nf4 import NF4Linear
 from rayft_kernels import Projection, TokenDropout, glu, lora_linear, lora_linears, lora_mlp, qkv_norm_rope
 
 ADAPTER = "default"
@@ -56,15 +57,14 @@ class MlpPlan(NamedTuple):
 
 def projection_of(linear: Any, x: Tensor) -> Projection:
     """A linear layer, or peft's wrapper of one, as the operations take it; without adapter while that is disabled or merged."""
-    if not hasattr(linear, "lora_A"):
-        return Projection(linear.weight, linear.bias)
-    layer = linear.base_layer
-    if linear.disable_adapters or linear.merged:
-        return Projection(layer.weight, layer.bias)
+    layer = getattr(linear, "base_layer", linear)
+    weight = layer.packed if isinstance(layer, NF4Linear) else layer.weight
+    if layer is linear or linear.disable_adapters or linear.merged:
+        return Projection(weight, layer.bias)
     up = linear.lora_B[ADAPTER]
     magnitude = linear.lora_magnitude_vector[ADAPTER].weight if ADAPTER in linear.lora_magnitude_vector else None
     return Projection(
-        layer.weight,
+        weight,
         layer.bias,
         linear.lora_A[ADAPTER].weight,
         up.weight,

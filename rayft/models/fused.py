@@ -1,6 +1,7 @@
 """Which decoder layers run on fused operations: chosen for each layer and each part, put on the instance, and reported with reasons.
 
-Parts of a layer are its input projections (qkv), norm and rotation of queries and keys (norm_rope), its output projection (o) and its MLP.
+Parts of a layer are its input projections (qkv), norm and rotation of queries and keys (norm_rope), its output projection (o), its MLP
+and its experts.
 A part that cannot be fused stays as it is, whatever the other parts do. Parameters keep their names, and `unfuse` takes everything off.
 """
 
@@ -19,21 +20,24 @@ from torch import nn
 
 from rayft.config.schema import Adapter, Kernels
 from rayft.errors import ConfigError, TrainingError
+from rayft.models import experts
 from rayft.models.forwards import ADAPTER, AttentionPlan, MlpPlan, attention_forward, gemma4_attention_forward, mlp_forward
 from rayft.models.load import layers_of
+from rayft.models.nf4 import NF4Linear
 from rayft.types import ModelSpec
 
 log = logging.getLogger("rayft")
 
-Part = Literal["qkv", "norm_rope", "o", "mlp"]
+Part = Literal["qkv", "norm_rope", "o", "mlp", "experts"]
 PLAIN = "plain"
 SERVING = {
     "lora": ("lora_qkv", "lora_qk", "lora_q", "lora_o", "lora_mlp"),
     "norm_rope": ("norm_rope",),
     "glu": ("glu", "lora_mlp"),
+    "experts": ("moe", "moe_lora"),
 }
 """Setting -> the kernels that satisfy it; the fused LoRA MLP has the activation inside."""
-PARTS: dict[str, tuple[Part, ...]] = {"lora": ("qkv", "o", "mlp"), "norm_rope": ("norm_rope",), "glu": ("mlp",)}
+PARTS: dict[str, tuple[Part, ...]] = {"lora": ("qkv", "o", "mlp"), "norm_rope": ("norm_rope",), "glu": ("mlp",), "experts": ("experts",)}
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class Choice:
 
     Attributes:
         layer: its number.
-        part: qkv, norm_rope, o or mlp.
-        kernel: lora_qkv, lora_qk, lora_q, norm_rope, lora_o, lora_mlp, glu, or plain.
+        part: qkv, norm_rope, o, mlp or experts.
+        kernel: lora_qkv, lora_qk, lora_q, norm_rope, lora_o, lora_mlp, glu, moe, moe_lora, or plain.
         reason: why it is plain, or "" for a fused one.
     """
 
@@ -111,7 +115,7 @@ def fuse(module: Any, spec: ModelSpec, adapter: Adapter, device_type: str, wante
 
     Args:
         module: a transformers causal model with its adapters, before compile, checkpointing and sharding.
-        spec: names the layers and what the family is known to fail with (kernels.lora, kernels.norm_rope, kernels.glu).
+        spec: names the layers and what the family is known to fail with (kernels.lora, norm_rope, glu or experts).
         adapter: the section.
         device_type: "cpu" or "cuda".
         wanted: the section.
@@ -139,6 +143,8 @@ def unfuse(module: Any, spec: ModelSpec) -> None:
         for part in (getattr(layer, "self_attn", None), getattr(layer, "mlp", None)):
             if part is not None and "rayft_plan" in vars(part):
                 del part.rayft_plan, part.forward
+        for outer, core in experts.experts_of(layer):
+            experts.remove(outer, core)
 
 
 def report(choices: list[Choice]) -> list[str]:
@@ -155,7 +161,7 @@ def report(choices: list[Choice]) -> list[str]:
 def _closed(spec: ModelSpec, adapter: Adapter, device_type: str, wanted: Kernels) -> dict[str, str]:
     """Kernel -> why no layer may have it; kernels that are open are left out."""
     closed = {}
-    for kernel in ("lora", "norm_rope", "glu"):
+    for kernel in SERVING:
         setting = getattr(wanted, kernel)
         if setting == "off":
             closed[kernel] = f"kernels.{kernel} is off"
@@ -163,7 +169,7 @@ def _closed(spec: ModelSpec, adapter: Adapter, device_type: str, wanted: Kernels
             closed[kernel] = "no adapter is trained"
         elif failing := spec.unsupported.get(f"kernels.{kernel}"):
             closed[kernel] = failing
-        elif setting == "auto" and device_type != "cuda":
+        elif setting == "auto" and device_type != "cuda" and not (kernel == "experts" and adapter.target_parameters):
             closed[kernel] = f"auto takes it on GPUs only, and this is {device_type}"
     return closed
 
@@ -172,8 +178,10 @@ def _fuse_layer(number: int, layer: Any, closed: Mapping[str, str]) -> Iterator[
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     if attention is not None:
         yield from _fuse_attention(number, attention, closed)
-    if mlp is not None:
+    if mlp is not None and not hasattr(mlp, "experts"):
         yield _fuse_mlp(number, mlp, closed)
+    for outer, core in list(experts.experts_of(layer)):
+        yield _fuse_experts(number, outer, core, closed)
 
 
 def _fuse_attention(number: int, attention: Any, closed: Mapping[str, str]) -> Iterator[Choice]:
@@ -214,6 +222,13 @@ def _fuse_mlp(number: int, mlp: Any, closed: Mapping[str, str]) -> Choice:
     if why_lora and "glu" not in closed:
         return Choice(number, "mlp", "glu", "")
     return _choice(number, "mlp", "lora_mlp", why_lora)
+
+
+def _fuse_experts(number: int, outer: Any, core: Any, closed: Mapping[str, str]) -> Choice:
+    why_not = closed.get("experts") or experts.other_experts(outer, core, ACTIVATIONS)
+    if not why_not:
+        experts.install(outer, core, ACTIVATIONS[type(core.act_fn).__name__])
+    return _choice(number, "experts", "moe" if outer is core else "moe_lora", why_not)
 
 
 def _install(part: Any, plan: AttentionPlan | MlpPlan, forward: Callable[..., Any]) -> None:
@@ -281,7 +296,7 @@ def _no_lora(linears: list[Any]) -> str | None:
 def _no_projection(linear: Any) -> str | None:
     """Why a projection cannot be computed by the fused operations, or None."""
     layer = getattr(linear, "base_layer", linear)
-    if type(layer) is not nn.Linear:
+    if type(layer) not in (nn.Linear, NF4Linear):
         return f"a projection is a {type(layer).__name__}"
     if layer.weight.requires_grad:
         return "a projection's own weight is trained"

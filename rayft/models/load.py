@@ -21,7 +21,9 @@ from torch.distributed.tensor import DTensor
 
 from rayft.config.schema import Model
 from rayft.errors import ConfigError, DataError
+from rayft.models import nf4
 from rayft.models.hub import model_folder
+from rayft.models.stacked import Stacks, not_understood, parts, stacks_of, stored_names
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -29,7 +31,10 @@ if TYPE_CHECKING:
 ATTENTION = "rayft"
 """Name under which the packed attention is registered with transformers."""
 
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|base_layer|original_module|modules_to_save\.default)(?=\.)")
+_WRAPPERS = re.compile(
+    r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|base_layer(?!(\.base_layer)*\.lora_)|original_module|modules_to_save\.default)(?=\.)"
+)
+"""Between an adapter and its module base_layer stays: of several adapters on one module each wraps the next."""
 _ADAPTER_NAME = re.compile(r"(\.lora_[AB])\.default(?=\.)")
 
 
@@ -103,7 +108,7 @@ def build(model: Model, config: PretrainedConfig, dtype: torch.dtype) -> PreTrai
             raise ConfigError(
                 "model.path", model.path, f"transformers cannot build a causal language model of it ({problem})", "Choose another model"
             ) from problem
-    if converted := _converting(module):
+    if converted := not_understood(module):
         raise ConfigError(
             "model.path",
             model.path,
@@ -111,14 +116,6 @@ def build(model: Model, config: PretrainedConfig, dtype: torch.dtype) -> PreTrai
             "Choose a model whose checkpoint names are its parameter names",
         )
     return cast("PreTrainedModel", module)
-
-
-def _converting(module: PreTrainedModel) -> str | None:
-    """What transformers 5 would rewrite when loading this model's checkpoint, or None."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    found = get_checkpoint_conversion_mapping(type(module).__name__) or get_checkpoint_conversion_mapping(module.config.model_type)
-    return ", ".join(sorted({type(step).__name__ for step in found})) if found else None
 
 
 def layers_of(module: nn.Module, path: str) -> nn.ModuleList:
@@ -155,11 +152,16 @@ def materialise(module: PreTrainedModel, model: Model, seed: int, device: str, *
     if cpu_offload:
         for part in module.modules():
             part._buffers = {name: None if buffer is None else buffer.to(device) for name, buffer in part._buffers.items()}
-    base = {name: p for name, p in module.named_parameters() if not is_adapter(name)}
+    packed = nf4.parameters_of(module)
+    for tensor in packed:
+        if not isinstance(tensor, DTensor):  # nobody brings it to where it is used
+            tensor.data = tensor.data.to(device)
+    base = {name: p for name, p in module.named_parameters() if not is_adapter(name) and p not in packed}
     if model.init == "random":
         _draw(module, base, seed)
     else:
-        _read(Path(model_folder(model)), base)
+        _read(Path(model_folder(model)), base, stacks_of(module))
+        _read_quantised(Path(model_folder(model)), module, device)
     for name, parameter in module.named_parameters():
         if is_adapter(name):
             _copy_rows(parameter, _drawn_adapter(name, parameter, seed))
@@ -199,7 +201,7 @@ def _initialise_buffers_only(module: PreTrainedModel, part: nn.Module) -> None:
     module._init_weights(stand_in)
 
 
-def _read(folder: Path, base: Mapping[str, Tensor]) -> None:
+def _read(folder: Path, base: Mapping[str, Tensor], stacks: Stacks) -> None:
     """Read each parameter's local rows from the folder's safetensors files, converting its type on the way."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageReader
@@ -207,15 +209,13 @@ def _read(folder: Path, base: Mapping[str, Tensor]) -> None:
     stored = _stored_shapes(folder)
     wanted: dict[str, list[Tensor]] = {}
     for name, parameter in base.items():
-        wanted.setdefault(_stored_name(hf_name(name), stored, folder), []).append(parameter)
+        own = hf_name(name)
+        if own not in stored and stored_names(own, 1, stacks):
+            wanted |= {_stored_name(part, stored, folder): [view] for part, view in parts(own, parameter, stacks)}
+        else:
+            wanted.setdefault(_stored_name(own, stored, folder), []).append(parameter)
     for name, parameters in wanted.items():
-        if stored[name] != tuple(parameters[0].shape):
-            raise DataError(
-                f"{folder.name}: {name}",
-                stored[name],
-                f"the configuration asks for the shape {tuple(parameters[0].shape)}",
-                "Take a configuration and weights of the same model",
-            )
+        _check_shape(folder, name, stored[name], tuple(parameters[0].shape))
     dcp.load(
         {name: parameters[0].detach() for name, parameters in wanted.items()},
         storage_reader=HuggingFaceStorageReader(str(folder)),
@@ -225,6 +225,29 @@ def _read(folder: Path, base: Mapping[str, Tensor]) -> None:
         for parameters in wanted.values():
             for other in parameters[1:]:
                 other.copy_(parameters[0])
+
+
+def _read_quantised(folder: Path, module: nn.Module, device: str) -> None:
+    """Read each weight that is held in 4 bits whole, quantise it on the device, and keep this rank's rows."""
+    layers = _quantised_layers(module)
+    if not layers:
+        return
+    stored = _stored_shapes(folder)
+    for name, part in layers.items():
+        _check_shape(folder, _stored_name(name, stored, folder), stored[name], (part.out_features, part.in_features))
+    files = {name: file for file in sorted(folder.glob("*.safetensors")) for name in _header(file)}
+    nf4.read(layers, files, device, _copy_rows)
+
+
+def _quantised_layers(module: nn.Module) -> dict[str, nf4.NF4Linear]:
+    """Checkpoint name of the weight -> layer that holds it in 4 bits."""
+    return {hf_name(f"{name}.weight"): part for name, part in nf4.quantised(module)}
+
+
+def _check_shape(folder: Path, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if stored != wanted:
+        rule = f"the configuration asks for the shape {wanted}"
+        raise DataError(f"{folder.name}: {name}", stored, rule, "Take a configuration and weights of the same model")
 
 
 def _stored_name(name: str, stored: Mapping[str, tuple[int, ...]], folder: Path) -> str:
@@ -279,6 +302,7 @@ def _draw(module: PreTrainedModel, base: Mapping[str, Tensor], seed: int) -> Non
     targets: dict[str, list[Tensor]] = {}
     for name, parameter in base.items():
         targets.setdefault(hf_name(name), []).append(parameter)
+    packed = _quantised_layers(module)
     for path, part in fresh.named_modules():
         if not any(True for _ in part.parameters(recurse=False)):
             continue
@@ -289,6 +313,8 @@ def _draw(module: PreTrainedModel, base: Mapping[str, Tensor], seed: int) -> Non
         for name, value in part.named_parameters(prefix=path, recurse=False):
             for target in targets.get(name, ()):
                 _copy_rows(target, value.detach())
+            if name in packed:
+                packed[name].fill(value.detach(), _copy_rows)
         part._apply(lambda t: torch.empty_like(t, device="meta"), recurse=False)
 
 

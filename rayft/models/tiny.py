@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,6 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPACED = (
+    "{% for message in messages %}{{ '<|im_start|> ' + message.role + ' ' + message.content + ' <|im_end|> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|> assistant ' }}{% endif %}"
+)
+"""A chat template for tokenizers that split at spaces."""
 
 
 def write_tiny_model(
@@ -25,11 +30,30 @@ def write_tiny_model(
         layers: number of decoder layers.
         max_length: longest sequence.
     """
-    tokenizer = fit_tokenizer(texts, vocab_size)
+    _write(folder, fit_tokenizer(texts, vocab_size), hidden_size, layers, max_length)
+
+
+def write_word_model(folder: Path, words: Sequence[str], *, hidden_size: int = 64, layers: int = 2, max_length: int = 512) -> None:
+    """The same for a language of a few words, each one token, in which even a model that knows nothing soon says something that counts.
+
+    Args:
+        folder: created if needed.
+        words: without space in them; turn markup and the roles of chats are added.
+        hidden_size, layers, max_length: as of `write_tiny_model`.
+    """
+    every = dict.fromkeys([PAD, START, END, "system", "user", "assistant", "tool", *words])
+    level = Tokenizer(models.WordLevel({word: number for number, word in enumerate(every)}, unk_token=PAD))
+    level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=level, pad_token=PAD, eos_token=END, extra_special_tokens=[START])
+    tokenizer.chat_template = SPACED
+    _write(folder, tokenizer, hidden_size, layers, max_length)
+
+
+def _write(folder: Path, tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, max_length: int) -> None:
     tokenizer.model_max_length = max_length
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=vocab_size,
+        vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=3 * hidden_size,
         num_hidden_layers=layers,

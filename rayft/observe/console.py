@@ -7,12 +7,7 @@ import sys
 
 
 def show_messages() -> None:
-    """Show messages of the logger "rayft" from INFO up, once per process, unless the application has set up logging.
-
-    Where torchao is installed, peft imports it, and it warns about its kernels for other versions of torch, none of which is used.
-    """
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """Show messages of the logger "rayft" from INFO up, once per process, unless the application has set up logging."""
     logger = logging.getLogger("rayft")
     if logger.handlers or logging.getLogger().handlers:
         return

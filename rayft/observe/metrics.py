@@ -73,13 +73,21 @@ METRICS: dict[str, Metric] = {
     "rollout/length": Metric("tokens", "same", "Generated tokens of an answer, averaged over the step."),
     "rollout/length_max": Metric("tokens", "same", "The longest answer of the step."),
     "rollout/truncated": Metric("fraction", "same", "Answers that ended by rollout.max_tokens."),
+    "rollout/turns": Metric("turns", "same", "Turns of the policy in an answer, averaged over the step; 1 without an environment."),
     "rollout/filtered": Metric("groups", "same", "Groups filtered so far."),
     "rollout/dropped": Metric("groups", "same", "Prompts given up so far, after failures."),
-    "rollout/restarted": Metric("groups", "same", "Groups that were asked for again so far, after an engine died or missed a deadline."),
+    "rollout/restarted": Metric(
+        "groups", "same", "Groups that were asked for again so far, after an engine died or missed a deadline, or an environment failed."
+    ),
     "rollout/rescored": Metric("groups", "same", "Groups that were scored again so far, after a reward failed."),
+    "rollout/rerolled": Metric("groups", "same", "Filtered groups so far that were asked again under later weights."),
     "rollout/engines": Metric("engines", "same", "Engines that serve the current weights."),
     "rollout/tokens_per_s": Metric("tokens/s", "same", "Generated tokens of all engines, since the step before."),
     "rollout/idle": Metric("fraction", "same", "Time since the step before in which an engine had nothing to do, averaged over engines."),
+    "rollout/kv_use": Metric(
+        "fraction", "same", "Most of an engine's key-value cache that was seen in use since the step before; vLLM only."
+    ),
+    "rollout/preemptions": Metric("requests", "same", "Requests that engines put off for want of cache, since they started; vLLM only."),
     "staleness/mean": Metric("steps", "trained mean", "Steps between the weights that sampled a token and those that it trains."),
     "staleness/max": Metric("steps", "same", "The most of any token of the step; at most rollout.max_staleness."),
     "staleness/0": Metric("fraction", "trained mean", "Tokens sampled from the very weights that they train."),

@@ -18,14 +18,19 @@ from rayft.observe.log import decode
 
 _SHOWN = (
     ("train/loss", "loss {:.4f}"),
+    ("reward/mean", "reward {:.3f}"),
+    ("rollout/length", "{:.0f} tokens an answer"),
     ("train/grad_norm", "grad norm {:.2f}"),
     ("train/lr", "lr {:.1e}"),
     ("perf/tokens_per_s", "{:,.0f} tok/s"),
     ("perf/mfu", "{:.1%} mfu"),
     ("perf/peak_memory_gib", "{:.1f} GiB"),
     ("perf/data_wait_s", "data wait {:.2f} s"),
+    ("staleness/max", "staleness {:.0f}"),
     ("eval/loss", "eval loss {:.4f}"),
     ("eval/perplexity", "perplexity {:.2f}"),
+    ("eval/reward", "eval reward {:.3f}"),
+    ("eval/reward_greedy", "greedy {:.3f}"),
     ("eval/num_tokens", "{:,.0f} tokens"),
     ("checkpoint/stage_s", "checkpoint staged in {:.2f} s"),
 )
@@ -57,12 +62,13 @@ def follow(
     tail.poll()
     view: _View = _Bar(console, total_steps) if console.is_terminal else _Lines(console, total_steps, interval_s)
     stop = threading.Event()
+    batch: dict[str, Any] = {}
 
     def watch() -> None:
         try:
             while not stop.wait(poll_s):
-                view.add(tail.poll())
-            view.add(tail.poll())
+                view.add(joined(tail.poll(), batch))
+            view.add(joined(tail.poll(), batch))
         finally:
             view.close()
 
@@ -74,6 +80,24 @@ def follow(
         stop.set()
         thread.join()
         tail.close()
+
+
+def joined(records: list[dict[str, Any]], batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records, those of an online run's batches put into those of the steps on them, which follow.
+
+    Args:
+        records: in file order.
+        batch: the newest record of a batch; kept from call to call.
+    """
+    shown = []
+    for record in records:
+        if "reward/mean" in record:
+            batch.clear()
+            batch.update(record)
+        else:
+            same = "train/loss" in record and batch.get("step") == record["step"]
+            shown.append({**batch, **record} if same else record)
+    return shown
 
 
 class _Tail:

@@ -5,13 +5,15 @@ layer's own head_dim, window and softcap decide, not the model's single setting.
 
 Choice on CUDA, from measurements of the backends alone on an H100 (bf16, head_dim 128); not yet measured inside rayft:
 rows of one document take causal SDPA, which picks cuDNN there, and packed rows compiled flex attention with a document mask;
-varlen FlashAttention 2 was slower than either. On CPU: SDPA per document, which is 6 to 14 times faster than one call with a
-block-diagonal mask (docs/benchmarks.md), and flex has no backward there.
+varlen FlashAttention 2 was slower than either. A head_dim above 256 goes to our own Triton kernels, whatever the
+rows: 8 query and 2 key heads of 512, 8,192 tokens, forward and backward, take 4.9 ms there, 46.7 in flex and 79.1 in SDPA. On CPU: SDPA
+per document, which is 6 to 14 times faster than one call with a block-diagonal mask (docs/benchmarks.md), and flex has no backward there.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -21,8 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayft.types import Batch
+from rayft_kernels.attention.op import MOST_COLUMNS, document_bounds
+from rayft_kernels.attention.op import packed_attention as triton_attention
 
-Backend = Literal["documents", "flex"]
+Backend = Literal["documents", "flex", "triton"]
 
 MASK_BLOCK = 128
 """Side of the blocks in which flex_attention skips what is masked; its own default."""
@@ -31,29 +35,34 @@ MASK_BLOCK = 128
 class Layout:
     """The documents of one micro-batch as attention reads them.
 
-    Compiled layers look inside and guard on what they find: only `uniform`, `wanted` and the shapes of the masks may be read there, since
-    whatever else differs from batch to batch would compile them anew.
+    Compiled layers look inside and guard on what they find: only `uniform`, `wanted`, `longest` and the shapes of the masks and bounds
+    may be read there, since whatever else differs from batch to batch would compile them anew.
 
     Attributes:
         lengths: document lengths on the host; they sum to T.
         uniform: length of the documents when all are equally long, else None.
         wanted: parallel.attention.
-        masks: window -> flex_attention's mask, for every window of the model, where some layer takes flex.
+        masks: window -> flex_attention's mask, for every window of a layer that takes flex.
+        bounds: first token of each token's document and the one after its last, on the device, where some layer takes triton.
+        longest: a power of two that no document is longer than, so that there are few.
     """
 
-    __slots__ = ("lengths", "masks", "uniform", "wanted")
+    __slots__ = ("bounds", "lengths", "longest", "masks", "uniform", "wanted")
 
-    def __init__(self, batch: Batch, wanted: str, windows: Iterable[int | None] = (None,), *, capped: bool = False) -> None:
+    def __init__(self, batch: Batch, wanted: str, layers: Iterable[tuple[int, int | None]] = (), *, capped: bool = False) -> None:
         self.lengths = batch.document_lengths
         self.uniform = self.lengths[0] if len(set(self.lengths)) == 1 else None
+        self.longest = 1 << (max(self.lengths) - 1).bit_length()
         self.wanted = wanted
-        flex = wanted == "flex" or (wanted != "sdpa" and batch.tokens.device.type == "cuda")
-        needed = [window for window in windows if capped or not _whole_rows(self.uniform, window)] if flex else []
+        chosen = {(choose(head_dim, batch.tokens.device.type, wanted)[0], window) for head_dim, window in layers}
+        needed = [window for backend, window in chosen if backend == "flex" and (capped or not _whole_rows(self.uniform, window))]
         self.masks = {window: _document_mask(batch.cu_seqlens, self.lengths, window) for window in needed}
+        triton = any(backend == "triton" for backend, _ in chosen)
+        self.bounds = document_bounds(batch.cu_seqlens, sum(self.lengths)) if triton else None
 
 
 def layouts(module: nn.Module, wanted: str) -> Callable[[Batch], Layout]:
-    """What turns a batch into its layout, for the windows and caps of this model's layers.
+    """What turns a batch into its layout, for the head_dims, windows and caps of this model's layers.
 
     Args:
         module: a transformers model.
@@ -61,9 +70,10 @@ def layouts(module: nn.Module, wanted: str) -> Callable[[Batch], Layout]:
     """
     config: Any = module.config
     everywhere = getattr(config, "sliding_window", None)
-    windows = {getattr(part, "sliding_window", everywhere) for part in module.modules() if _is_attention(part)}
+    parts: Iterable[Any] = (part for part in module.modules() if _is_attention(part))
+    layers = {(int(part.head_dim), getattr(part, "sliding_window", everywhere)) for part in parts}
     capped = getattr(config, "attn_logit_softcapping", None) is not None
-    return functools.partial(Layout, wanted=wanted, windows=windows, capped=capped)
+    return functools.partial(Layout, wanted=wanted, layers=layers, capped=capped)
 
 
 def _is_attention(part: nn.Module) -> bool:
@@ -76,7 +86,7 @@ def _whole_rows(uniform: int | None, window: int | None) -> bool:
 
 
 def choose(head_dim: int, device_type: str, wanted: str) -> tuple[Backend, str]:
-    """The backend of a layer for packed rows, and why. Rows of one document each take SDPA wherever it can serve them.
+    """The backend of a layer for packed rows, and why. Rows of one document each take SDPA where it serves them up to a head_dim of 256.
 
     Args:
         head_dim: of this layer.
@@ -87,20 +97,24 @@ def choose(head_dim: int, device_type: str, wanted: str) -> tuple[Backend, str]:
         return "documents", "SDPA per document: on CPU 6 to 14 times faster than a mask, and flex has no backward there"
     if wanted == "sdpa":
         return "documents", "asked for by parallel.attention"
-    if wanted == "flex":
-        return "flex", "asked for by parallel.attention"
+    if wanted == "flex" or (wanted == "triton" and head_dim <= MOST_COLUMNS):
+        return ("flex" if wanted == "flex" else "triton"), "asked for by parallel.attention"
+    if head_dim > MOST_COLUMNS:
+        return "flex", f"a head_dim above {MOST_COLUMNS} is left to flex"
     if head_dim > 256:
-        return "flex", "FlashAttention refuses a head_dim above 256; flex takes small blocks there"
+        return "triton", "FlashAttention refuses a head_dim above 256, and flex has room for small blocks only"
     return "flex", "faster than varlen FlashAttention 2 for packed rows on Hopper, measured apart from training"
 
 
 def choices(module: nn.Module, device_type: str, wanted: str) -> dict[str, tuple[Backend, str]]:
     """Layer name -> (backend, reason) for every attention layer of a model, in order."""
-    return {
-        name: choose(int(part.head_dim), device_type, wanted)
-        for name, part in module.named_modules()
-        if _is_attention(part)
-    }
+    return {name: choose(int(part.head_dim), device_type, wanted) for name, part in module.named_modules() if _is_attention(part)}
+
+
+def summary(module: nn.Module, device_type: str, wanted: str) -> list[str]:
+    """`choices` in words, a line for each backend and reason."""
+    counts = Counter(choices(module, device_type, wanted).values())
+    return [f"{backend} on {count} layers: {reason}" for (backend, reason), count in counts.items()]
 
 
 def packed_attention(
@@ -133,13 +147,25 @@ def packed_attention(
     """
     if attention_mask is not None or dropout:
         raise RuntimeError("packed attention takes neither a mask nor attention dropout")
-    if softcap is None and _whole_rows(layout.uniform, sliding_window):
+    backend = choose(query.shape[-1], query.device.type, layout.wanted)[0]
+    rows = softcap is None and _whole_rows(layout.uniform, sliding_window)
+    if backend == "triton" and (query.shape[-1] > 256 or not rows):
+        return _triton(query, key, value, layout, scaling, sliding_window, softcap), None
+    if rows:
         out = _rows(query, key, value, layout.uniform, scaling)
-    elif choose(query.shape[-1], query.device.type, layout.wanted)[0] == "documents":
+    elif backend == "documents":
         out = _documents(query, key, value, layout, scaling, sliding_window, softcap)
     else:
         out = _flex(query, key, value, layout.masks[sliding_window], scaling, softcap)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _triton(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    assert layout.bounds is not None
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return triton_attention(q, k, v, layout.bounds, scale=scaling, window=window, softcap=softcap, longest=layout.longest)[0][None]
 
 
 def _rows(query: Tensor, key: Tensor, value: Tensor, length: int | None, scaling: float | None) -> Tensor:
@@ -207,7 +233,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float |
 
 
 def _flex_attention() -> Any:
-    """flex_attention: part of the layer's graph where the layer is compiled, otherwise a graph of its own, for uncompiled it holds all scores."""
+    """flex_attention: part of the layer's graph where that is compiled, else a graph of its own, for uncompiled it holds all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return flex_attention if torch.compiler.is_compiling() else _compiled_flex()

@@ -17,6 +17,9 @@ from torch.distributed.fsdp import (
 
 from rayft.parallel.mesh import Mesh
 
+SHARDS_BYTES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+"""Whether FSDP2 takes weights of bytes (`models.nf4`). Where it does not, every rank holds them whole."""
+
 
 def shard(
     module: nn.Module, layers: nn.ModuleList, mesh: Mesh, compute: torch.dtype, reduce: torch.dtype, *, cpu_offload: bool = False
@@ -39,11 +42,12 @@ def shard(
     pin = mesh.axes.device_type == "cuda" and mesh.axes["dp_replicate"].size() == 1
     offload = CPUOffloadPolicy(pin_memory=pin) if cpu_offload else OffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
+    whole = None if SHARDS_BYTES else {parameter for parameter in module.parameters() if not parameter.is_floating_point()}
     for layer in layers:
-        fully_shard(layer, mesh=axis, mp_policy=policy, offload_policy=offload, reshard_after_forward=True)
+        fully_shard(layer, mesh=axis, mp_policy=policy, offload_policy=offload, reshard_after_forward=True, ignored_params=whole)
     # The root's inputs are a batch whose loss weights must stay float32.
     root_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
-    fully_shard(module, mesh=axis, mp_policy=root_policy, offload_policy=offload, reshard_after_forward=False)
+    fully_shard(module, mesh=axis, mp_policy=root_policy, offload_policy=offload, reshard_after_forward=False, ignored_params=whole)
     for part in module.modules():
         if isinstance(part, FSDPModule):
             # gloo has no pre-multiplied sum, and an averaged gradient would make the divisor wrong by the world size.

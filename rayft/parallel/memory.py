@@ -18,10 +18,12 @@ from typing import Literal
 
 import torch
 
-from rayft.config.schema import Adapter, SftRun
+from rayft.config.schema import Adapter, AnyRun, SftRun
 from rayft.models.load import base_dtype, compute_dtype
 from rayft.observe.flops import LayerShape, ModelShape, layer_parameters, linears
+from rayft.parallel.fsdp import SHARDS_BYTES
 from rayft_kernels.linear_cross_entropy.chunks import chunk_rows, weighted_nll_bytes
+from rayft_kernels.nf4.op import BLOCK, bytes_of
 
 FLOAT32 = 4
 RUNTIME_BYTES = {"cpu": 700 << 20, "cuda": 64 << 20}
@@ -128,9 +130,10 @@ class Sizes:
             gradient and optimizer states, and of a gradient while it is summed over ranks.
         optimizer: optim.type.
         recompute: parallel.activation_checkpointing.
-        how: what decoder layers run on.
+        how: what decoder layers and head run on.
         state_away, activations_away: offloaded from a GPU.
         accumulating: a worker runs several micro-batches in a step.
+        quantised: model.quantize holds the linear layers in 4 bits.
     """
 
     shape: ModelShape
@@ -149,16 +152,30 @@ class Sizes:
     state_away: bool
     activations_away: bool
     accumulating: bool
+    quantised: bool
+
+    def packed(self, layer: LayerShape) -> dict[str, int]:
+        """Linear layer -> its weights, of those that are held in 4 bits."""
+        kept = self.adapter.modules_to_save
+        return {
+            name: size[0] * size[1]
+            for name, size in linears(layer, self.shape.hidden).items()
+            if self.quantised and size[0] % BLOCK == 0 and not is_target(name, kept)
+        }
+
+    def whole(self, layer: LayerShape) -> int:
+        """Weights of a layer that are not in 4 bits."""
+        return layer_parameters(layer, self.shape.hidden) - sum(self.packed(layer).values())
 
     def gathered(self, layers: Sequence[LayerShape]) -> int:
         """Bytes of embedding and head, which stay gathered from forward to backward, and of some layers, gathered for compute."""
         root = self.shape.embedding_parameters + self.weights.copied
-        sizes = [layer_parameters(layer, self.shape.hidden) for layer in layers]
+        sizes = [self.whole(layer) for layer in layers]
         if self.alone:
             adapters = self.weights.root + sum(self.weights.layers) if self.trained != self.compute else 0
             return self.compute * (adapters if self.held == self.compute else root + sum(sizes))
         arriving = self.held * max(sizes) // self.shards if self.state_away and sizes else 0
-        return self.compute * (root + sum(sizes)) + arriving
+        return self.compute * (root + sum(sizes)) + (_packed_bytes(self, layers) if SHARDS_BYTES else 0) + arriving
 
     def above(self, index: int) -> Sequence[LayerShape]:
         """Layers whose weights are gathered or cast in the backward of layer `index`."""
@@ -204,7 +221,7 @@ class Sizes:
         return self.tokens * sum(self.kept(layer) for layer in layers[first : index if ended else index + 1])
 
 
-def estimate(shape: ModelShape, cfg: SftRun, device: str) -> MemoryPlan:
+def estimate(shape: ModelShape, cfg: AnyRun, device: str) -> MemoryPlan:
     """The plan of one worker.
 
     Args:
@@ -212,8 +229,8 @@ def estimate(shape: ModelShape, cfg: SftRun, device: str) -> MemoryPlan:
         cfg: the run, its batch.micro_rows a number.
         device: "cpu" or "cuda".
     """
-    batch, parallel, gpu, frozen = cfg.batch, cfg.parallel, device == "cuda", cfg.adapter.type != "none"
-    assert batch.micro_rows != "auto"
+    tokens, accumulating = _work(cfg)
+    parallel, gpu, frozen = cfg.parallel, device == "cuda", cfg.adapter.type != "none"
     held = base_dtype(cfg.model, frozen=frozen, device_type=device).itemsize
     sizes = Sizes(
         shape,
@@ -221,7 +238,7 @@ def estimate(shape: ModelShape, cfg: SftRun, device: str) -> MemoryPlan:
         cfg.adapter,
         shards=parallel.workers // parallel.replicas,
         alone=parallel.workers == 1 and not (parallel.cpu_offload and gpu),
-        tokens=batch.micro_rows * cfg.data.seq_len,
+        tokens=tokens,
         compute=compute_dtype(cfg.model, device).itemsize,
         held=held,
         trained=FLOAT32 if frozen else held,
@@ -231,7 +248,8 @@ def estimate(shape: ModelShape, cfg: SftRun, device: str) -> MemoryPlan:
         how=how_of(cfg, device),
         state_away=parallel.cpu_offload and gpu,
         activations_away=parallel.activation_offload and gpu,
-        accumulating=batch.rows > batch.micro_rows * parallel.workers,
+        accumulating=accumulating,
+        quantised=cfg.model.quantize != "none",
     )
     state, host = _state(sizes), _host(sizes)
     fixed = {"runtime": RUNTIME_BYTES[device]} if sizes.state_away else state | {"runtime": RUNTIME_BYTES[device]}
@@ -239,10 +257,21 @@ def estimate(shape: ModelShape, cfg: SftRun, device: str) -> MemoryPlan:
     return max(plans, key=lambda plan: plan.total)
 
 
+def _work(cfg: AnyRun) -> tuple[int, bool]:
+    """Tokens of a micro-batch, and whether a worker may run several in an update."""
+    if not isinstance(cfg, SftRun):
+        answers, longest = cfg.rollout.prompts_per_step * cfg.rollout.group_size, cfg.rollout.max_prompt_tokens + cfg.rollout.max_tokens
+        return cfg.micro_tokens, answers * longest > cfg.micro_tokens * cfg.parallel.workers * cfg.algorithm.updates
+    assert cfg.batch.micro_rows != "auto"
+    return cfg.batch.micro_rows * cfg.data.seq_len, cfg.batch.rows > cfg.batch.micro_rows * cfg.parallel.workers
+
+
 def _state(s: Sizes) -> dict[str, int]:
     """What is there at every moment."""
+    packed = sum(sum(s.packed(layer).values()) for layer in s.shape.layers)
+    base = s.held * (s.weights.base - packed) + _packed_bytes(s, s.shape.layers) * (1 if SHARDS_BYTES else s.shards)
     return {
-        "parameters": (s.held * s.weights.base + s.trained * (s.weights.adapter + s.weights.copied)) // s.shards,
+        "parameters": (base + s.trained * (s.weights.adapter + s.weights.copied)) // s.shards,
         "optimizer states": _optimizer_states(s) // s.shards,
     }
 
@@ -275,8 +304,19 @@ def _at_loss(s: Sizes) -> dict[str, int]:
         "gradients": s.waiting(s.weights.trained),
         "gathered weights": s.gathered(s.shape.layers[-1:] if s.shards > 1 else s.above(last) if s.alone and s.recompute == "none" else ()),
         "activations": s.here(last) + s.tokens * _norm(s.shape.hidden, s.compute, s.adapter),
-        "loss": loss_bytes(s.shape, s.tokens, s.compute, head_trained=s.weights.head_trained, gpu=s.how.gpu),
+        "loss": loss_bytes(s.shape, s.tokens, s.compute, head_trained=s.weights.head_trained, gpu=s.how.gpu, lean=s.how.lean),
     }
+
+
+def _packed_bytes(s: Sizes, layers: Sequence[LayerShape]) -> int:
+    """What is held in 4 bits of some layers."""
+    return sum(bytes_of(weights) for layer in layers for weights in s.packed(layer).values())
+
+
+def _made_dense(s: Sizes, layer: LayerShape) -> int:
+    """Bytes of the weights that a layer's MLP makes out of 4 bits, fused LoRA all of them at once."""
+    weights = [size for name, size in s.packed(layer).items() if name.startswith("mlp.")]
+    return s.compute * (sum(weights) if s.how.lora else max(weights, default=0))
 
 
 def _head_gradient(s: Sizes) -> int:
@@ -300,7 +340,7 @@ def _at_backward(s: Sizes, index: int) -> dict[str, int]:
     final = s.tokens * _norm(s.shape.hidden, s.compute, s.adapter) if not later else 0
     return {
         "gradients": s.reduced(reduced) + s.waiting(s.weights.trained - reduced),
-        "gathered weights": s.gathered(s.above(index)),
+        "gathered weights": s.gathered(s.above(index)) + _made_dense(s, layer),
         "activations": s.here(index) + s.tokens * s.recomputed(layer) + final,
         # The buffer in which the gradient of the layer above is summed.
         "gradients in flight": _head_gradient(s)
@@ -315,7 +355,7 @@ def _at_layer_end(s: Sizes, index: int) -> dict[str, int]:
     layer, later = layers[index], layers[index + 1 :]
     reduced = sum(s.weights.layers[index + 1 :])
     own = s.weights.layers[index]
-    weights = s.compute * layer_parameters(layer, s.shape.hidden)
+    weights = s.compute * s.whole(layer) + _packed_bytes(s, [layer])
     # The buffer that the gradient of the layer above was summed in; the last layer gives up its weights before it fills its own.
     summed = s.summed(sum(s.weights.layers[index + 1 : index + 2])) if later else max(s.summed(own) - weights, 0)
     return {
@@ -348,12 +388,13 @@ def _moments(s: Sizes) -> Iterator[tuple[str, dict[str, int]]]:
 
 @dataclass(frozen=True)
 class How:
-    """What decoder layers run on.
+    """What decoder layers and head run on.
 
     Attributes:
         gpu: attention gives its output in the layout that its reader takes; a CPU's is copied.
         compiled: by inductor, whose backward makes elementwise values again unless a matrix product reads them.
         lora, norm_rope, glu: the fused operations of `rayft_kernels`.
+        lean: the gradient of a trained head on a GPU is made without a float32 sum.
     """
 
     gpu: bool
@@ -361,16 +402,18 @@ class How:
     lora: bool = False
     norm_rope: bool = False
     glu: bool = False
+    lean: bool = False
 
 
-def how_of(cfg: SftRun, device: str) -> How:
-    """What the decoder layers of a family that can have every fused operation run on."""
+def how_of(cfg: AnyRun, device: str) -> How:
+    """What a family that can have every fused operation runs on."""
 
     def used(setting: str) -> bool:
         return setting == "on" or (setting == "auto" and device == "cuda")
 
     kernels, lora = cfg.kernels, cfg.adapter.type == "lora" and used(cfg.kernels.lora)
-    return How(device == "cuda", cfg.parallel.compile, lora, used(kernels.norm_rope), used(kernels.glu) and not lora)
+    lean = kernels.linear_cross_entropy == "lean"
+    return How(device == "cuda", cfg.parallel.compile, lora, used(kernels.norm_rope), used(kernels.glu) and not lora, lean)
 
 
 def layer_activations(layer: LayerShape, hidden: int, compute: int, adapter: Adapter, how: How) -> int:
@@ -437,13 +480,15 @@ def _activation_gradients(layer: LayerShape, hidden: int, tokens: int, compute: 
     return compute * tokens * (3 * (layer.mlp + layer.active * layer.expert_width) + 2 * hidden)
 
 
-def loss_bytes(shape: ModelShape, tokens: int, compute: int, *, head_trained: bool, gpu: bool) -> int:
+def loss_bytes(shape: ModelShape, tokens: int, compute: int, *, head_trained: bool, gpu: bool, lean: bool) -> int:
     """Bytes of the head operation, all tokens being trained: their hidden states and gradients, logits of a chunk, head gradient."""
     rows = 2 * compute * tokens * shape.hidden
     head = shape.hidden * shape.vocab if head_trained else 0
     if gpu and not shape.softcap:
         dtype = torch.bfloat16 if compute < FLOAT32 else torch.float32
-        inside = weighted_nll_bytes(tokens, shape.hidden, shape.vocab, dtype, head_trained=head_trained)
+        inside = weighted_nll_bytes(tokens, shape.hidden, shape.vocab, dtype, head_trained=head_trained, lean=lean)
+        if lean:
+            return rows + inside + compute * head
         return rows + max(inside, (FLOAT32 + compute) * head)  # the sum of the head's gradient is rounded after the chunks are gone
     chunk = chunk_rows(tokens, shape.vocab)
     logits = FLOAT32 * shape.vocab * chunk * (2 if shape.softcap else 1)

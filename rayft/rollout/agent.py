@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from rayft.errors import DataError, InfrastructureError
 from rayft.models.load import seed_of
-from rayft.rollout.env import Environment, Observation
+from rayft.rollout.env import REWARD, Episode, Observation
+from rayft.rollout.stage import Stage
 from rayft.types import Completion, Engine, Group, Prompt, Trajectory
-
-Decode = Callable[[Sequence[int]], str]
-MakeEnvironment = Callable[[], Environment]
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,6 @@ class Sampling:
         context: most tokens of prompt and trajectory together.
         temperature, top_p: of every draw.
         seed: of the run.
-        max_turns: most turns of the policy; an environment that is not done by then leaves a truncated trajectory.
     """
 
     max_tokens: int
@@ -36,38 +33,36 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
-    max_turns: int = 16
 
 
-async def rollout(
-    engine: Engine,
-    prompt: Prompt,
-    n: int,
-    sampling: Sampling,
-    environment: MakeEnvironment | None = None,
-    decode: Decode | None = None,
-) -> Group:
+async def rollout(engine: Engine, prompt: Prompt, n: int, sampling: Sampling, stage: Stage | None = None) -> Group:
     """Draw n trajectories at once. Seeds come from (run seed, prompt, sample, turn), so another attempt draws the same.
+
+    With an environment the group's prompt lacks the generation prompt: it is the first thing that each trajectory reads, after what its
+    environment opens with.
 
     Args:
         engine: of this process.
         prompt: its tokens are the rendered prompt.
         n: trajectories of the group.
         sampling: how to draw.
-        environment: makes one environment per trajectory; without it a trajectory is one turn.
-        decode: the tokenizer's, for environments.
+        stage: for an environment; without it a trajectory is one turn.
 
     Raises:
-        DataError: the prompt leaves no room for an answer.
-        InfrastructureError: the engine failed or gave up a request. Whatever the environment raises passes through.
+        DataError: the prompt leaves no room for an answer, or the chat template refuses what an environment says.
+        EnvironmentFailed: an environment raised or was too slow.
+        InfrastructureError: the engine failed or gave up a request.
     """
     if len(prompt.tokens) >= sampling.context:
         rule = f"has {len(prompt.tokens)} tokens, which leave no room for an answer in a context of {sampling.context}"
         raise DataError(f"prompt {prompt.key}", None, rule, "Raise the context, or drop long prompts")
-    samples = [
-        asyncio.ensure_future(_trajectory(engine, prompt, index, sampling, environment() if environment else None, decode))
-        for index in range(n)
-    ]
+    if stage is None:
+        draws = [_answer(engine, prompt, index, sampling) for index in range(n)]
+    else:
+        tokens, generation = stage.dialogue.without_generation(prompt.tokens)
+        prompt = replace(prompt, tokens=tokens)
+        draws = [_converse(engine, prompt, index, sampling, stage, generation) for index in range(n)]
+    samples = [asyncio.ensure_future(draw) for draw in draws]
     try:
         return Group(prompt, tuple(await asyncio.gather(*samples)))
     finally:
@@ -102,9 +97,8 @@ class _Transcript:
         self.turns += 1
 
     def earn(self, observation: Observation) -> None:
-        """Add a turn's rewards."""
-        for name, reward in observation.rewards.items():
-            self.rewards[name] = self.rewards.get(name, 0.0) + reward
+        """Add a turn's reward."""
+        self.rewards[REWARD] += float(observation.reward)
 
     def ended(self, reason: str) -> Trajectory:
         """The finished trajectory."""
@@ -112,36 +106,57 @@ class _Transcript:
         return Trajectory(*written, reason, self.turns, self.rewards)
 
 
-async def _trajectory(
-    engine: Engine, prompt: Prompt, index: int, sampling: Sampling, environment: Environment | None, decode: Decode | None
-) -> Trajectory:
+async def _answer(engine: Engine, prompt: Prompt, index: int, sampling: Sampling) -> Trajectory:
+    """A trajectory of one turn."""
     transcript = _Transcript()
-    if environment is not None:
-        transcript.read(await environment.reset(prompt.row))
-    while (room := _room(prompt, transcript, sampling)) > 0 and transcript.turns < sampling.max_turns:
-        completion = await engine.generate(
-            f"{prompt.key}/{index}/{transcript.turns}/{uuid.uuid4().hex[:8]}",
-            (*prompt.tokens, *transcript.tokens),
-            max_tokens=room,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=seed_of(sampling.seed, "rollout", prompt.key, index, transcript.turns),
-        )
-        if completion.finish_reason not in ("stop", "length"):
-            rule = f"ended a request with {completion.finish_reason!r} after {len(completion.tokens)} tokens"
-            raise InfrastructureError("rollout engine", prompt.key, rule, "The prompt is given to another engine")
-        transcript.write(completion)
-        if environment is None or completion.finish_reason == "length":
-            return transcript.ended(completion.finish_reason)
-        assert decode is not None, "an environment needs decode"
-        observation = await environment.step(decode(completion.tokens), completion.tokens)
-        transcript.earn(observation)
-        if observation.done:
-            return transcript.ended("stop")
-        if len(observation.tokens) >= sampling.context - len(prompt.tokens) - len(transcript.tokens):
-            break
-        transcript.read(observation.tokens)
-    return transcript.ended("length")
+    return transcript.ended(await _turn(engine, prompt, index, sampling, transcript))
+
+
+async def _converse(
+    engine: Engine, prompt: Prompt, index: int, sampling: Sampling, stage: Stage, generation: tuple[int, ...]
+) -> Trajectory:
+    """A trajectory of turns, until the environment is done or there is no room for another turn."""
+    transcript, dialogue = _Transcript(rewards={REWARD: 0.0}), stage.dialogue
+    episode = Episode(stage.make, stage.deadline_s, prompt.key)
+    try:
+        opening = await episode.reset(prompt.row, seed_of(sampling.seed, "environment", prompt.key) % 2**31)
+        reads = dialogue.opening(opening, generation)
+        if len(reads) >= sampling.context - len(prompt.tokens):
+            rule = f"opens with {len(reads)} tokens, which leave no room for an answer in a context of {sampling.context}"
+            raise DataError("environment", None, f"prompt {prompt.key}: {rule}", "Let it say less, or raise rollout.max_tokens")
+        while len(reads) < sampling.context - len(prompt.tokens) - len(transcript.tokens):
+            transcript.read(reads)
+            start = len(transcript.tokens)
+            if await _turn(engine, prompt, index, sampling, transcript) == "length":
+                break
+            written = transcript.tokens[start:]
+            observation = await episode.step(dialogue.text(written))
+            transcript.earn(observation)
+            if observation.done:
+                return transcript.ended("stop")
+            if transcript.turns == stage.max_turns or sum(transcript.by_policy) == sampling.max_tokens:
+                break
+            reads = dialogue.reply(observation.reply, written[-1])
+        return transcript.ended("length")
+    finally:
+        await episode.close()
+
+
+async def _turn(engine: Engine, prompt: Prompt, index: int, sampling: Sampling, transcript: _Transcript) -> str:
+    """Let the policy write a turn; why it ended, "stop" or "length"."""
+    completion = await engine.generate(
+        f"{prompt.key}/{index}/{transcript.turns}/{uuid.uuid4().hex[:8]}",
+        (*prompt.tokens, *transcript.tokens),
+        max_tokens=_room(prompt, transcript, sampling),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=seed_of(sampling.seed, "rollout", prompt.key, index, transcript.turns),
+    )
+    if completion.finish_reason not in ("stop", "length"):
+        rule = f"ended a request with {completion.finish_reason!r} after {len(completion.tokens)} tokens"
+        raise InfrastructureError("rollout engine", prompt.key, rule, "The prompt is given to another engine")
+    transcript.write(completion)
+    return completion.finish_reason
 
 
 def _room(prompt: Prompt, transcript: _Transcript, sampling: Sampling) -> int:

@@ -21,7 +21,7 @@ def native_spans(output: Any) -> Spans:
 
 
 def spans_of(tags: Sequence[tuple[str, int]]) -> Spans:
-    """Version spans from what was streamed: (version in force, number of tokens) of each delta, in order.
+    """Version spans from (version in force, number of tokens under it), in order.
 
     Exact, because no token is produced between a pause and the resume, and the version changes only in between.
     """
@@ -34,6 +34,11 @@ def spans_of(tags: Sequence[tuple[str, int]]) -> Spans:
             spans.append((version, end, end + count))
         end += count
     return tuple(spans)
+
+
+def tokens_so_far(llm: Any) -> dict[str, int]:
+    """Request -> tokens that it has, of all requests under way; exact while the engine is paused."""
+    return {state.external_req_id: state.detokenizer.num_output_tokens() for state in llm.output_processor.request_states.values()}
 
 
 async def finish_update(llm: Any, version: str) -> None:

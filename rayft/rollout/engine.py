@@ -30,7 +30,7 @@ class EngineOptions:
         random_weights: do not read weights, because a push follows before the first prompt.
         concurrency: most requests that run at once; others wait.
         kv_cache_bytes: of the key-value cache; vLLM only.
-        eager: no compilation and no graphs: starts faster, generates slower; vLLM only.
+        eager: no CUDA graphs: starts sooner, and a GPU then waits for its host at every token; vLLM only.
         workers: GPUs that the model is split over (tensor parallel); vLLM only.
         seed: of vLLM itself; every request brings its own.
         trust_remote_code: run model code that comes with the weights.

@@ -1,18 +1,33 @@
-"""What an environment is: a conversation partner of the policy, in tokens.
-
-A user's environment is a class of this shape; one object plays one trajectory. It answers in tokens, turn markup included, so that
-nothing that the policy wrote is ever tokenised again.
+"""What an environment is: a conversation partner of the policy, one object for each answer; and how it is called, within a deadline.
 
     class Guess:
-        async def reset(self, row): return ()
-        async def step(self, text, tokens): return Observation(tokens=..., done=..., rewards={"solved": 1.0})
+        def __init__(self, high=10): ...
+        def reset(self, row, seed): return ()
+        def step(self, text): return Observation([{"role": "user", "content": "higher"}])
+
+Methods are plain or async. Plain ones run in a thread of their own environment, so none holds up an engine or another environment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import asyncio
+import inspect
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeAlias
+
+from rayft.data.chat import Message
+from rayft.errors import RayftError
+
+REWARD = "environment"
+"""Name of the reward that environments give."""
+
+Reply: TypeAlias = Sequence[Message] | str
+"""Chat messages, which the chat template renders, or a text that is read as it is, turn markup included."""
 
 
 @dataclass(frozen=True)
@@ -20,21 +35,99 @@ class Observation:
     """An environment's answer to a turn of the policy.
 
     Attributes:
-        tokens: what the policy reads next, up to where it writes again; unused when done.
-        done: the trajectory is over.
-        rewards: name -> what this turn earned; a trajectory's rewards are the sums over its turns.
+        reply: what the policy reads next, before it writes again; unused when done.
+        done: the answer is complete.
+        reward: what the turn earned; an answer's is the sum over its turns.
     """
 
-    tokens: tuple[int, ...] = ()
+    reply: Reply = ()
     done: bool = False
-    rewards: Mapping[str, float] = field(default_factory=dict)
+    reward: float = 0.0
 
 
 class Environment(Protocol):
-    """One episode. Whatever it raises is a failure of the rollout, never a reward."""
+    """One episode. Whatever it raises is a failure of the rollout, which is tried again, never a reward.
 
-    async def reset(self, row: Mapping[str, Any]) -> Sequence[int]:
-        """Begin with the prompt's row; tokens that follow the prompt before the policy writes, often none."""
+    It is made on the driver once too, so making one is cheap and starts nothing. It may have `tools`, a list of JSON schemas that prompts
+    show, and a method `close`.
+    """
 
-    async def step(self, text: str, tokens: Sequence[int]) -> Observation:
-        """Take what the policy wrote in this turn, as text and as tokens with the one that ended it."""
+    def reset(self, row: Mapping[str, Any], seed: int) -> Reply | Awaitable[Reply]:
+        """Begin with the prompt's row: what follows the prompt before the policy writes, mostly nothing.
+
+        The seed is the same for all answers to a prompt, which are compared and so must begin alike.
+        """
+
+    def step(self, text: str) -> Observation | Awaitable[Observation]:
+        """Take what the policy wrote in this turn, without the token that ended it."""
+
+
+MakeEnvironment: TypeAlias = Callable[[], Environment]
+
+
+class EnvironmentFailed(RayftError):
+    """An environment raised, gave no observation, or was too slow. Another try may succeed."""
+
+    exit_code = 6
+    kind = "environment"
+
+
+class Episode:
+    """An environment of one answer, called within a deadline.
+
+    Args:
+        make: makes the environment, in its thread, when it is reset.
+        deadline_s: for each call.
+        key: of the prompt, for messages.
+    """
+
+    def __init__(self, make: MakeEnvironment, deadline_s: float, key: str) -> None:
+        self._make, self._deadline_s, self._key = make, deadline_s, key
+        self._thread = ThreadPoolExecutor(1, "environment")
+        self._environment: Any = None
+
+    async def reset(self, row: Mapping[str, Any], seed: int) -> Reply:
+        """See `Environment.reset`.
+
+        Raises:
+            EnvironmentFailed: it raised, or was too slow.
+        """
+        self._environment = await self._call(self._make)
+        reply: Reply = await self._call(self._environment.reset, row, seed)
+        return reply
+
+    async def step(self, text: str) -> Observation:
+        """See `Environment.step`.
+
+        Raises:
+            EnvironmentFailed: it raised, was too slow, or gave something else than an observation with a finite reward.
+        """
+        seen = await self._call(self._environment.step, text)
+        if not isinstance(seen, Observation) or not math.isfinite(seen.reward):
+            raise self._failed(f"must answer with an Observation whose reward is a finite number, and gave {seen!r:.200}")
+        return seen
+
+    async def close(self) -> None:
+        """Let the environment end what it holds; one that is stuck or fails at it is left alone."""
+        environment, self._environment = self._environment, None
+        if hasattr(environment, "close"):
+            with suppress(EnvironmentFailed):
+                await self._call(environment.close)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            async with asyncio.timeout(self._deadline_s) as limit:
+                if inspect.iscoroutinefunction(function):
+                    return await function(*arguments)
+                return await asyncio.get_running_loop().run_in_executor(self._thread, partial(function, *arguments))
+        except Exception as problem:  # the user's code may raise anything
+            name = getattr(function, "__name__", "making it")
+            if limit.expired():
+                if not inspect.iscoroutinefunction(function):
+                    self._environment = None  # its thread may be busy for ever, so nothing more is asked of it
+                raise self._failed(f"{name} took longer than environment.deadline_s = {self._deadline_s:g}") from problem
+            raise self._failed(f"{name} raised {type(problem).__name__}: {problem}") from problem
+
+    def _failed(self, rule: str) -> EnvironmentFailed:
+        return EnvironmentFailed("environment", None, f"prompt {self._key}: {rule}", "The prompt is asked again; look into the cause")

@@ -6,6 +6,7 @@ AsyncLLM keeps its model in a child process, so this process stays responsive, a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Awaitable, Mapping, Sequence
@@ -26,12 +27,15 @@ SETTINGS = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     # vLLM's FlashInfer sampler compiles kernels for minutes at the first token; its own sampler needs none.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    # Sizes of the CPU build's cache are whole GiB otherwise; kv_cache_memory_bytes overrides it.
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     # Otherwise every engine of a machine without GPU pins itself to the same first cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 EXIT_S = 10.0
+GRAPHS: dict[str, Any] = {
+    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+    "max_num_batched_tokens": 8192,  # vLLM's default for large cards; for a caller that is neither of its own front ends it takes 2048
+}
+"""Whole decoding steps as CUDA graphs, captured in seconds. vLLM's default compiles the model as well, which takes minutes at a start."""
 UNUSED_SHARE = 0.01
 """vLLM refuses to start when less than this share of the card is free; the cache's size is given in bytes, so it means nothing else."""
 
@@ -44,6 +48,8 @@ async def start_vllm(options: EngineOptions) -> VllmEngine:
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    with contextlib.suppress(KeyError):
+        del os.environ["VLLM_CPU_KVCACHE_SPACE"]  # it would override kv_cache_memory_bytes
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -61,6 +67,7 @@ async def start_vllm(options: EngineOptions) -> VllmEngine:
         gpu_memory_utilization=UNUSED_SHARE,
         tensor_parallel_size=options.workers,
         enforce_eager=options.eager,
+        **({} if options.eager else GRAPHS),
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",
         seed=options.seed,
@@ -94,6 +101,7 @@ class VllmEngine:
         self._llm, self._options, self._load, self._children = llm, options, load, children
         self._version = options.version
         self._native = compat.knows_versions()
+        self._tags: dict[str, list[tuple[str, int]]] = {}  # request -> tokens by each version before the one in force, see compat.spans_of
 
     async def generate(
         self, request_id: str, prompt: Sequence[int], *, max_tokens: int, temperature: float, top_p: float, seed: int
@@ -123,23 +131,23 @@ class VllmEngine:
             detokenize=False,
             stop_token_ids=list(self._options.stop_tokens),
             ignore_eos=True,  # else the configuration's end token would stop it too
-            output_kind=RequestOutputKind.FINAL_ONLY if self._native else RequestOutputKind.DELTA,
+            output_kind=RequestOutputKind.FINAL_ONLY,  # an answer for every token would keep this process busier than the GPU
         )
-        tokens: list[int] = []
-        logprobs: list[float] = []
         tags: list[tuple[str, int]] = []
+        self._tags[request_id] = tags
         # Blocks of the prefix cache are named by the version too: no request can reuse what other weights computed.
         text = {"prompt_token_ids": list(prompt), "cache_salt": self._version}
         try:
             async for answer in self._llm.generate(text, params, request_id):
                 output = answer.outputs[0]
-                tags.append((self._version, len(output.token_ids)))
-                tokens += output.token_ids
-                logprobs += [step[token].logprob for step, token in zip(output.logprobs or (), output.token_ids, strict=True)]
         except EngineDeadError as problem:
             raise _dead(self._options, str(problem)) from problem
-        spans = compat.native_spans(output) if self._native else compat.spans_of(tags)
-        return Completion(tuple(tokens), tuple(logprobs), spans, output.finish_reason)
+        finally:
+            del self._tags[request_id]
+        logprobs = tuple(step[token].logprob for step, token in zip(output.logprobs or (), output.token_ids, strict=True))
+        last = (self._version, len(output.token_ids) - sum(count for _, count in tags))
+        spans = compat.native_spans(output) if self._native else compat.spans_of([*tags, last])
+        return Completion(tuple(output.token_ids), logprobs, spans, output.finish_reason)
 
     async def pause(self) -> None:
         """Stop producing tokens; requests stay and wait."""
@@ -168,6 +176,9 @@ class VllmEngine:
             await self._in_time(self._llm.update_weights(WeightTransferUpdateRequest({"push": dict(push)})))
             return []
         await self._in_time(compat.finish_update(self._llm, version))
+        for request_id, count in compat.tokens_so_far(self._llm).items():
+            if (tags := self._tags.get(request_id)) is not None:
+                tags.append((self._version, count - sum(earlier for _, earlier in tags)))
         self._load.expect_preemptions()
         await self._in_time(self._llm.reset_prefix_cache(reset_running_requests=True))
         self._version = version
@@ -178,7 +189,14 @@ class VllmEngine:
         return self._version
 
     async def load(self) -> Mapping[str, float]:
-        """See `types.Engine`, as of the last step; preemptions that a push caused are not counted."""
+        """See `types.Engine`, as of the last step; preemptions that a push caused are not counted.
+
+        The child process is asked something, so that one which hangs leaves this unanswered.
+
+        Raises:
+            InfrastructureError: it died.
+        """
+        await self._in_time(self._llm.is_paused())
         return self._load.read()
 
     async def close(self) -> None:

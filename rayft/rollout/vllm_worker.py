@@ -6,6 +6,7 @@ this module.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,3 +101,5 @@ class Extension:
 
 
 WeightTransferEngineFactory.register_engine("rayft", ReceivedWeights)
+# At every push it warns that rotary tables and tied heads, which no push brings, failed to load. `Receiver.answer` checks what matters.
+logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)

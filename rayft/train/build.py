@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from rayft.config.schema import AnyRun
-from rayft.models import adapt, fused, heads, load, patch, select
+from rayft.errors import ConfigError
+from rayft.models import adapt, experts, fused, heads, load, nf4, patch, select
 from rayft.models.spec import spec_of
 from rayft.parallel import activation, attention
 from rayft.parallel.mesh import Mesh
 from rayft.parallel.parallelize import parallelize
-from rayft.types import Session
+from rayft.types import ModelSpec, Session
 
 log = logging.getLogger("rayft")
 
@@ -42,17 +43,22 @@ def build_model(cfg: AnyRun, session: Session, mesh: Mesh) -> Any:
     compute = load.compute_dtype(cfg.model, device_type)
     module = load.build(cfg.model, config, load.base_dtype(cfg.model, frozen=cfg.adapter.type != "none", device_type=device_type))
 
+    _refuse_experts_in_engines(module, cfg)
+    held = quantise(module, cfg, spec)
     targets = adapt.adapt(module, cfg.adapter, cfg.run.seed)
     module.trained_rows = select.unfreeze(module, cfg.model.unfrozen) if cfg.model.unfrozen else {}
     patch.apply_fixes(module, spec)
     choices = fused.fuse(module, spec, cfg.adapter, device_type, cfg.kernels)
-    heads.attach_score(module, attention.layouts(module, cfg.parallel.attention), cfg.run.seed)
+    lean = cfg.kernels.linear_cross_entropy == "lean"
+    heads.attach_score(module, attention.layouts(module, cfg.parallel.attention), cfg.run.seed, lean=lean)
     parallelize(module, spec, cfg.parallel, mesh, compute, getattr(torch, cfg.model.reduce_dtype))
     load.materialise(module, cfg.model, cfg.run.seed, session.device, cpu_offload=cfg.parallel.cpu_offload)
     select.hold_rows(module, module.trained_rows)
 
     if session.rank == 0 and targets:
         log.info("adapters on %d modules", len(targets))
+    if session.rank == 0 and held:
+        log.info("model.quantize=nf4: %s", nf4.summary(held))
     if session.rank == 0:
         for line in fused.report(choices):
             log.info("kernels: %s", line)
@@ -60,8 +66,23 @@ def build_model(cfg: AnyRun, session: Session, mesh: Mesh) -> Any:
     return module
 
 
-def kernel_choices(cfg: AnyRun, device_type: str) -> list[fused.Choice]:
-    """What each part of each decoder layer would run on, found on the meta device.
+def _refuse_experts_in_engines(module: Any, cfg: AnyRun) -> None:
+    if cfg.method == "grpo" and any(True for _ in experts.experts_of(module)):
+        rule = "has stacked experts, which are not sent to engines yet"
+        raise ConfigError("model.path", cfg.model.path, rule, "Choose a model without experts")
+
+
+def quantise(module: Any, cfg: AnyRun, spec: ModelSpec) -> list[str]:
+    """Hold linear layers in 4 bits where model.quantize asks for it; their names."""
+    if cfg.model.quantize == "none":
+        return []
+    names = nf4.choose(module, load.layers_of(module, spec.layers), cfg.adapter.modules_to_save)
+    nf4.replace(module, names)
+    return names
+
+
+def planned_lines(cfg: AnyRun, device_type: str) -> list[str]:
+    """What is held in 4 bits, and what attention and each part of each decoder layer would run on, found on the meta device, in words.
 
     Args:
         cfg: the run.
@@ -74,6 +95,10 @@ def kernel_choices(cfg: AnyRun, device_type: str) -> list[fused.Choice]:
     spec = spec_of(config)
     load.register_attention(attention.packed_attention)
     module = load.build(cfg.model, config, torch.float32)
+    _refuse_experts_in_engines(module, cfg)
+    held = quantise(module, cfg, spec)
     adapt.adapt(module, cfg.adapter, cfg.run.seed)
     patch.apply_fixes(module, spec)
-    return fused.fuse(module, spec, cfg.adapter, device_type, cfg.kernels)
+    lines = fused.report(fused.fuse(module, spec, cfg.adapter, device_type, cfg.kernels))
+    lines += [f"attention: {line}" for line in attention.summary(module, device_type, cfg.parallel.attention)]
+    return [f"model.quantize=nf4: {nf4.summary(held)}", *lines] if held else lines

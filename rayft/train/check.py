@@ -14,11 +14,12 @@ from torch import Tensor
 from rayft.config.schema import SftRun
 from rayft.data.reader import Row, collate
 from rayft.errors import TrainingError
+from rayft.models import nf4
 from rayft.models.adapt import match_targets
-from rayft.models.load import compute_dtype, config_of, load_plain
+from rayft.models.load import compute_dtype, config_of, layers_of, load_plain
+from rayft.models.spec import spec_of
 from rayft.models.tokenizer import load_tokenizer
-from rayft.parallel import fsdp
-from rayft.parallel.attention import choices
+from rayft.parallel import attention, fsdp
 from rayft.parallel.mesh import build_mesh
 from rayft.train.build import build_model
 from rayft.types import Batch, Session
@@ -51,13 +52,15 @@ def check_model(cfg: SftRun, session: Session, say: Callable[[str], None]) -> No
     model = build_model(cfg, session, build_mesh(session.device.split(":")[0], 1))
     config = config_of(model)
     say(f"model: {config.model_type}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    targets = match_targets(load_meta(cfg), cfg.adapter.targets)
+    meta = load_meta(cfg)
+    targets = match_targets(meta, cfg.adapter.targets)
     endings = Counter(name.rsplit(".", 1)[-1] for name in targets)
     say(
         f"adapter.targets={cfg.adapter.targets}: {len(targets)} modules: " + ", ".join(f"{count} {name}" for name, count in endings.items())
     )
-    for (backend, reason), count in Counter(choices(model, session.device.split(":")[0], cfg.parallel.attention).values()).items():
-        say(f"attention: {backend} on {count} layers: {reason}")
+    say(f"model.quantize=nf4: {nf4.summary(nf4.choose(meta, layers_of(meta, spec_of(config).layers), ()))}")
+    for line in attention.summary(model, session.device.split(":")[0], cfg.parallel.attention):
+        say(f"attention: {line}")
 
     documents = [tokenizer(text, add_special_tokens=True)["input_ids"] for text in TEXTS]
     packed = _scores(model, _batch(documents).to(session.device))

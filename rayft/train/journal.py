@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from rayft.checkpoint.resume import BEST
-from rayft.config.schema import SftRun
+from rayft.config.schema import AnyRun
 from rayft.observe.log import MetricsLog, read
 from rayft.observe.trackers import TrackerLog
-from rayft.train.stopping import Best, best_of
+from rayft.train.stopping import GOALS, Best, best_of
 from rayft.types import Launch, Session
-
-log = logging.getLogger("rayft")
 
 T = TypeVar("T")
 
@@ -31,25 +28,26 @@ class Journal:
         step: steps done so far.
 
     Attributes:
-        best: the best evaluation so far, the same on every rank.
-        sampled: steps that have their samples.
+        best: the best evaluation so far; the same on every rank where all of them add evaluations.
+        sampled, evaluated: steps that have their samples, and their evaluation.
     """
 
-    def __init__(self, launch: Launch[SftRun], session: Session, step: int) -> None:
-        self._folder, self._keep_best = session.run_dir, launch.cfg.checkpoint.keep_best
+    def __init__(self, launch: Launch[Any], session: Session, step: int) -> None:
+        cfg: AnyRun = launch.cfg
+        self._folder, self._keep_best, self._min_delta = session.run_dir, cfg.checkpoint.keep_best, cfg.eval.min_delta
+        self.goal = GOALS[cfg.method]
         self._metrics: MetricsLog | None = None
         self._trackers: TrackerLog | None = None
-        self._known: set[tuple[int, str]] = set()
-        best, sampled = Best(), set[int]()
+        best, sampled, evaluated = Best(), set[int](), set[int]()
         if session.rank == 0:
             self._metrics = MetricsLog(self._folder / "metrics.jsonl", step)
             records = read(self._folder / "metrics.jsonl")
-            self._known = {(record["step"], name) for record in records for name in record if name.startswith("eval/")}
-            best, sampled = best_of(records, launch.cfg.eval.min_delta), cut_back(self._samples, step)
+            evaluated = {int(record["step"]) for record in records if self.goal.metric in record}
+            best, sampled = best_of(records, self.goal, self._min_delta), cut_back(self._samples, step)
             self._trackers = _open_trackers(launch, self._folder, self._metrics.reached, records)
             self._metrics.start(launch.attempt, session.world_size)
             (self._folder / BEST).unlink(missing_ok=True)
-        self.best, self.sampled = from_rank_0((best, sampled))
+        self.best, self.sampled, self.evaluated = from_rank_0((best, sampled, evaluated))
         self._note(self.best)
 
     @property
@@ -62,25 +60,20 @@ class Journal:
             self._metrics.write(step, values)
             self._trackers.log(step, values)
 
-    def evaluated(self, step: int) -> bool:
-        """Whether the step's evaluation is recorded; every rank calls it."""
-        return from_rank_0((step, "eval/loss") in self._known)
-
-    def add_evaluation(self, step: int, values: Mapping[str, float], min_delta: float) -> bool:
-        """Record an evaluation; whether its loss is the lowest so far."""
+    def add_evaluation(self, step: int, values: Mapping[str, float]) -> bool:
+        """Record an evaluation that is not recorded yet; whether it is the best so far."""
+        self.evaluated.add(step)
         self.write(step, values)
-        self.best = self.best.after(step, values["eval/loss"], min_delta)
+        self.best = self.best.after(step, self.goal.cost(values), self._min_delta)
         self._note(self.best)
         return self.best.step == step
 
-    def add_samples(self, step: int, prompts: Sequence[str], texts: Sequence[str]) -> None:
-        """Record texts of the model, and show them."""
+    def add_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Record texts of the model, each with what is to be known of it."""
         self.sampled.add(step)
         if self._metrics is not None:
             with self._samples.open("a") as file:
-                for prompt, text in zip(prompts, texts, strict=True):
-                    file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
-                    log.info("sample at step %d: %r -> %r", step, prompt, text)
+                file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
 
     def close(self) -> None:
         """Finish what is on its way."""
@@ -91,9 +84,9 @@ class Journal:
 
     def _note(self, best: Best) -> None:
         """Tell those who delete checkpoints which one to keep."""
-        if self._metrics is not None and self._keep_best and best.loss < float("inf"):
+        if self._metrics is not None and self._keep_best and best.cost < float("inf"):
             new = self._folder / f"{BEST}.new"
-            new.write_text(json.dumps({"step": best.step, "loss": best.loss}) + "\n")
+            new.write_text(json.dumps({"step": best.step, self.goal.metric: self.goal.sign * best.cost}) + "\n")
             new.replace(self._folder / BEST)
 
 
@@ -115,6 +108,6 @@ def cut_back(path: Path, resume_step: int) -> set[int]:
     return {step for step in steps if step <= resume_step}
 
 
-def _open_trackers(launch: Launch[SftRun], folder: Path, reached: Mapping[str, int], records: Sequence[Mapping[str, Any]]) -> TrackerLog:
+def _open_trackers(launch: Launch[Any], folder: Path, reached: Mapping[str, int], records: Sequence[Mapping[str, Any]]) -> TrackerLog:
     cfg = launch.cfg
     return TrackerLog(cfg.trackers, folder, cfg.run.name, cfg.model_dump(mode="json"), reached, records)

@@ -10,7 +10,6 @@ with OnlineTrainer(launch, session, feed) as trainer:
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,33 +21,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rayft.checkpoint import resume
 from rayft.checkpoint.sharded import Checkpointer
-from rayft.config.functions import load_function
 from rayft.config.schema import GrpoRun
-from rayft.errors import TrainingError
 from rayft.experience.orders import Order
 from rayft.experience.pack import build
-from rayft.models.load import config_of, named_trainable
+from rayft.models.load import config_of
+from rayft.models.tokenizer import load_tokenizer
 from rayft.observe.metrics import finish as finish_metrics
-from rayft.optim.build import build_optimizer, set_lr
-from rayft.optim.groups import embeddings_of
+from rayft.optim.build import set_lr
 from rayft.optim.schedules import lr_at
-from rayft.parallel.mesh import build_mesh
-from rayft.train.build import build_model
-from rayft.train.experience_log import ExperienceLog
-from rayft.train.journal import from_rank_0
+from rayft.parallel.online_memory import TRAINER_PART
+from rayft.parallel.reduce import read_later
+from rayft.train.events import Events
+from rayft.train.experience_log import samples_of
+from rayft.train.journal import Journal, from_rank_0
+from rayft.train.learner import build_learner, require_finite, restore
 from rayft.train.meter import Meter
 from rayft.train.reference import Reference, columns
 from rayft.train.requests import Requests
 from rayft.train.step import update
-from rayft.types import Batch, Callback, Group, Launch, Metrics, Session
+from rayft.types import Batch, Group, Launch, Metrics, Session
 from rayft.weight_sync.protocol import EngineHandle, PushReport, Sender
 
 log = logging.getLogger("rayft")
 
-SHARE = 0.49
-"""Most of a card's memory that a worker takes when an engine is on it too."""
 Prepared = tuple[list[Batch], float]
 """An update's micro-batches on the device, and what its loss is divided by."""
 
@@ -93,21 +89,19 @@ class OnlineTrainer:
     def __init__(self, launch: Launch[GrpoRun], session: Session, feed: Feed, sender: Sender) -> None:
         cfg = launch.cfg
         self.cfg, self.launch, self.session, self.feed, self.sender = cfg, launch, session, feed, sender
-        self.callbacks: list[Callback] = [load_function(function) for function in launch.callbacks]
+        self.event = Events(launch, session)
         if cfg.placement.mode == "colocated" and session.device != "cpu":
-            torch.cuda.set_per_process_memory_fraction(SHARE, session.device)
-        self.mesh = build_mesh(session.device.split(":")[0], session.world_size, cfg.parallel.replicas)
-        self.parts = [build_model(cfg, session, self.mesh)]
+            torch.cuda.set_per_process_memory_fraction(TRAINER_PART, session.device)
+        learner = build_learner(cfg, session, cfg.parallel.replicas)
+        self.mesh, self.parts, self.optimizer = learner.mesh, learner.parts, learner.optimizer
         (policy,) = self.parts
         policy.temperature = cfg.rollout.temperature
-        named = named_trainable(policy)
-        self.optimizer = build_optimizer(named, cfg.optim, fused=True, embeddings=embeddings_of(policy), partial=policy.trained_rows)
         self.reference = Reference(cfg, session, self.mesh, policy) if cfg.algorithm.beta else None
         self.checkpointer = Checkpointer(_announcing(session, feed), launch.attempt, lambda step: self.event("checkpoint_committing", step))
         self.meter = Meter(config_of(policy), session, self.parts)
-        self.step = self._restore()
-        self.saved_step = self.step
-        self.log = ExperienceLog(launch, session, self.step)
+        self.step = self.saved_step = restore(learner, launch, session, self.checkpointer)
+        self.journal = Journal(launch, session, self.step)
+        self.decode = load_tokenizer(cfg.model).decode
         self.requests, self.stopped = Requests(session, self.mesh.loss, cfg.checkpoint.trigger), False
         self.phases: dict[str, float] = {}
         self.sums: list[tuple[Metrics, Tensor, Tensor]] = []
@@ -118,7 +112,12 @@ class OnlineTrainer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.requests.close()
         self.sender.close()
-        self.log.close()
+        self.journal.close()
+
+    def learned(self) -> bool:
+        """Whether the reward on held-out prompts no longer rises; the same on every rank, each of which must ask."""
+        patience = self.cfg.eval.patience
+        return patience is not None and from_rank_0(self.journal.best.since >= patience)
 
     def steps(self) -> Iterator[tuple[int, list[Prepared]]]:
         """(step, what to compute for each of its updates), from the restored step to the last one, or to a stop; then saves."""
@@ -126,15 +125,20 @@ class OnlineTrainer:
         if self.session.rank == 0:
             self.feed.join(self.step)
         dist.barrier()
-        while self.step < self.launch.last_step and not self.stopped:
+        while self.step < self.launch.last_step and not self.stopped and not self.learned():
             order, groups = self._next()
+            if self.learned():  # an evaluation came with the order
+                break
             set_lr(self.optimizer, lr_at(self.step, self.launch.total_steps, self.cfg.optim))
             yield self.step, self._prepare(order, groups)
         if self.step > self.saved_step:
             self._save()
         self.checkpointer.wait()
+        every = self.cfg.eval.every
         if self.step == self.launch.total_steps:
             self._next()
+        elif every and self.step % every and (last := self.step // every * every) and last not in self.journal.evaluated:
+            self._record(self.feed.order(self.step, 0, ()))  # the next push, which comes once the evaluation under way is done
         self.event("train_end", self.step)
 
     def update(self, sums: Metrics, divisor: Tensor) -> None:
@@ -143,54 +147,25 @@ class OnlineTrainer:
         self.sums.append((sums, divisor, norm))
 
     def finish(self, step: int) -> None:
-        """Count the step; then log it, and save when that is due.
+        """Count the step; then log it, and save when that is due or asked for.
 
         Raises:
             TrainingError: the loss or the gradient is not finite.
         """
-        metrics = [finish_metrics({name: float(value) for name, value in sums.items()}, float(divisor)) for sums, divisor, _ in self.sums]
-        norms = [float(norm) for _, _, norm in self.sums]
-        values = {name: sum(part[name] for part in metrics) / len(metrics) for name in metrics[0]}
-        values |= {"train/num_tokens": sum(part["train/num_tokens"] for part in metrics), "train/grad_norm": sum(norms) / len(norms)}
-        self.sums = []
+        values, self.sums = mean_over_updates(self.sums), []
         self.phases["perf/update_s"] = time.perf_counter() - self.phases.pop("began")
         self.step = step + 1
-        self.log.write(
-            self.step, values | self.phases | {"train/lr": lr_at(step, self.launch.total_steps, self.cfg.optim)} | self.meter.stop()
-        )
+        values |= self.phases | {"train/lr": lr_at(step, self.launch.total_steps, self.cfg.optim)} | self.meter.stop()
         self.phases = {}
-        if not all(map(math.isfinite, (values["train/loss"], *norms))):
-            rule = f"the loss is {values['train/loss']} and the gradient norm {max(norms)}"
-            raise TrainingError(f"step {self.step}", None, rule, "Lower optim.lr; the newest checkpoint is from before")
+        self.journal.write(self.step, values)
+        self.event("logged", self.step, values=values)
+        require_finite(self.step, values["train/loss"], values["train/grad_norm"], "Lower optim.lr")
         self.event("step_end", self.step, batches=self.meter.batches)
-        every = self.cfg.checkpoint.every
-        asked, save_asked = self.requests.read(float(self.requests.agree()))
-        self.stopped = asked and self.step < self.launch.last_step
-        if save_asked or (every is not None and self.step % every == 0):
+        stop, save = self.requests.read(float(self.requests.agree()))
+        self.stopped = stop and self.step < self.launch.last_step
+        every, judged = self.cfg.checkpoint.every, self.cfg.eval.every if self.cfg.checkpoint.keep_best else None
+        if save or any(number is not None and self.step % number == 0 for number in (every, judged)):
             self._save()
-
-    def event(self, name: str, step: int, **state: Any) -> None:
-        """Tell every callback.
-
-        Raises:
-            TrainingError: one raised, which stops the run.
-        """
-        for function, callback in zip(self.launch.callbacks, self.callbacks, strict=True):
-            try:
-                callback(name, {"step": step, "rank": self.session.rank, "run_dir": self.session.run_dir, **state})
-            except Exception as problem:  # the user's code may raise anything
-                rule = f"raised {type(problem).__name__} at {name} of step {step}: {problem}"
-                remedy = "Mend it or take it out, then run the same command again to resume"
-                raise TrainingError("run.callbacks", function.spec, rule, remedy) from problem
-
-    def _restore(self) -> int:
-        """Steps taken so far, after loading the newest committed checkpoint, the same one on every rank."""
-        restored = from_rank_0(resume.newest(self.session.home) if self.session.rank == 0 else None)
-        if restored is None:
-            return 0
-        resume.refuse_other_base(restored, self.launch.identity)
-        self.checkpointer.restore(restored.directory, self.parts, self.optimizer)
-        return restored.step
 
     def _next(self) -> tuple[Order, Mapping[int, Group]]:
         """Follow orders until one is for a batch that every rank has, or the end."""
@@ -199,9 +174,7 @@ class OnlineTrainer:
         while True:
             order = self.feed.order(self.step, index, lost or ())
             index += 1
-            if self.session.rank == 0:
-                for step, values in order.records:
-                    self.log.write(step, values)
+            self._record(order)
             groups, missing = self.feed.fetch(order)
             lost = agree(self.session, order, missing)
             if order.kind == "push" and lost is None:
@@ -209,6 +182,16 @@ class OnlineTrainer:
             elif lost is None:
                 self.phases |= {"perf/batch_wait_s": time.perf_counter() - began - pushing}
                 return order, groups
+
+    def _record(self, order: Order) -> None:
+        """Log what came with an order: figures of rollouts, and evaluations, of which some may be known."""
+        metric = self.journal.goal.metric
+        for step, values in order.records:
+            if metric not in values:
+                self.journal.write(step, values)
+            elif step not in self.journal.evaluated:
+                self.journal.add_evaluation(step, values)
+                self.event("evaluated", step, reward=values[metric], values=values)
 
     def _push(self, order: Order) -> float:
         """Bring engines to this step's weights; seconds."""
@@ -221,12 +204,15 @@ class OnlineTrainer:
 
     def _prepare(self, order: Order, groups: Mapping[int, Group]) -> list[Prepared]:
         """The order's micro-batches with every column that the loss reads, on the device."""
-        make = partial(build, groups=groups, budget=self.cfg.micro_tokens, step=self.step)
+        make = partial(build, groups=groups, budget=self.cfg.micro_tokens, step=self.step, whole=self.session.device != "cpu")
         prepared = [
             ([make(answers, documents=part.documents).to(self.session.device) for answers in part.micro[0]], part.divisor)
             for part in order.updates
         ]
-        self.log.add_samples(self.step + 1, order, groups)
+        samples = list(samples_of(order, groups, self.cfg.rollout.samples, self.decode))
+        if samples:
+            self.journal.add_samples(self.step + 1, samples)
+            self.event("sampled", self.step + 1, prompts=[one["prompt"] for one in samples], texts=[one["answer"] for one in samples])
         every = [batch for batches, _ in prepared for batch in batches]
         self.meter.start(every, self.phases["perf/batch_wait_s"])
         began = time.perf_counter()
@@ -244,7 +230,18 @@ class OnlineTrainer:
         seconds = self.checkpointer.save(self.step, self.parts, self.optimizer, progress, {"step": float(self.step)})
         self.saved_step = self.step
         self.meter.exclude(seconds)
-        self.log.write(self.step, {"checkpoint/stage_s": seconds})
+        self.journal.write(self.step, {"checkpoint/stage_s": seconds})
+
+
+def mean_over_updates(updates: Sequence[tuple[Metrics, Tensor, Tensor]]) -> dict[str, float]:
+    """A step's metrics from the (sums, divisor, gradient norm) of its updates, once the device is done; tokens are counted together."""
+    metrics = []
+    for sums, divisor, norm in updates:
+        read = read_later({**sums, "norm": norm.to(divisor.device, non_blocking=True), "divisor": divisor})()
+        norm_of = {"train/grad_norm": read.pop("norm")}
+        metrics.append(finish_metrics(read, read.pop("divisor")) | norm_of)
+    values = {name: sum(part[name] for part in metrics) / len(metrics) for name in metrics[0]}
+    return values | {"train/num_tokens": sum(part["train/num_tokens"] for part in metrics)}
 
 
 def agree(session: Session, order: Order, missing: list[int]) -> list[int] | None:

@@ -15,6 +15,7 @@ from rayft.models.load import read_config
 from rayft.observe.flops import shape_of
 from rayft.parallel import fitting
 from rayft.parallel.memory import estimate
+from rayft.parallel.online_memory import estimate_online, smaller_step
 from rayft.types import Session
 
 log = logging.getLogger("rayft")
@@ -88,14 +89,19 @@ def explain(cfg: AnyRun, field: str, state: str, room: int, problem: str) -> Res
         problem: torch's own sentence.
     """
     shape = shape_of(read_config(cfg.model))
-    if shape is None or not isinstance(cfg, SftRun):
+    if shape is None:
         micro = "batch.micro_rows" if isinstance(cfg, SftRun) else "batch.micro_tokens"
         remedy = f"Lower {micro}, or set parallel.activation_checkpointing=full or parallel.cpu_offload=true"
         return ResourceError(field, None, f"is full ({problem}); {state}", remedy)
-    cfg = fitting.choose_micro_rows(shape, cfg, "cuda", room)
-    plan = estimate(shape, cfg, "cuda")
+    if isinstance(cfg, SftRun):
+        cfg = fitting.choose_micro_rows(shape, cfg, "cuda", room)
+        plan = estimate(shape, cfg, "cuda")
+    else:
+        plan = estimate_online(shape, cfg, "cuda").trainer
     parts = ", ".join(f"{part} {size / GIB:.2f}" for part, size in plan.table())
     rule = f"is full ({problem}); {state}; planned were {plan.total / GIB:.1f} GiB, highest in {plan.moment}: {parts}"
     # What fits must stay below the card and, where the plan took too little, below what was planned.
-    limit = fitting.FILLED * min(plan.total, room)
-    return ResourceError(field, None, rule, fitting.remedy(shape, cfg, "cuda", lambda _, other: other.total <= limit))
+    most = min(plan.total, room)
+    if isinstance(cfg, SftRun):
+        return ResourceError(field, None, rule, fitting.remedy(shape, cfg, "cuda", lambda _, other: other.total <= fitting.FILLED * most))
+    return ResourceError(field, None, rule, smaller_step(shape, cfg, "cuda", most))

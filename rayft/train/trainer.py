@@ -8,40 +8,34 @@ with Trainer(launch, session, loss_fn, need) as trainer:
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from types import TracebackType
-from typing import Any, final
+from typing import final
 
 from torch import Tensor
-from torch.optim import Optimizer
 
-from rayft.checkpoint import resume
 from rayft.checkpoint.sharded import Checkpointer
-from rayft.config.functions import load_function
 from rayft.config.schema import SftRun
 from rayft.data.reader import Reader, micro_batches, prefetch
-from rayft.errors import TrainingError
 from rayft.losses.supervised import first_loss_warning
-from rayft.models.load import config_of, named_trainable
+from rayft.models.load import config_of
 from rayft.observe.metrics import finish as finish_metrics
-from rayft.optim.build import build_optimizer, set_lr
-from rayft.optim.groups import embeddings_of
+from rayft.optim.build import set_lr
 from rayft.optim.schedules import lr_at, rows_of_epochs
-from rayft.parallel.mesh import build_mesh
 from rayft.parallel.reduce import read_later
-from rayft.train.build import build_model
 from rayft.train.evaluate import Evaluations
-from rayft.train.journal import Journal, from_rank_0
+from rayft.train.events import Events
+from rayft.train.journal import Journal
+from rayft.train.learner import build_learner, require_finite, restore
 from rayft.train.meter import Meter
 from rayft.train.requests import Requests
 from rayft.train.room import with_micro_rows
 from rayft.train.samples import Sampler
 from rayft.train.step import update
-from rayft.types import Batch, Callback, Launch, LossFn, Metrics, Need, Session
+from rayft.types import Batch, Launch, LossFn, Metrics, Need, Session
 
 log = logging.getLogger("rayft")
 
@@ -60,12 +54,9 @@ class Trainer:
         cfg = launch.cfg
         self.cfg, self.launch, self.session = cfg, launch, session
         micro_rows = int(with_micro_rows(cfg, session).batch.micro_rows)
-        self.callbacks: list[Callback] = [load_function(function) for function in launch.callbacks]
-        self.mesh = build_mesh(session.device.split(":")[0], session.world_size, 1 if launch.local else cfg.parallel.replicas)
-        self.parts = [build_model(cfg, session, self.mesh)]
-        (part,) = self.parts
-        named = named_trainable(part)
-        self.optimizer = build_optimizer(named, cfg.optim, fused=True, embeddings=embeddings_of(part), partial=part.trained_rows)
+        self.event = Events(launch, session)
+        learner = build_learner(cfg, session, 1 if launch.local else cfg.parallel.replicas)
+        self.mesh, self.parts, self.optimizer = learner.mesh, learner.parts, learner.optimizer
         self.checkpointer = Checkpointer(session, launch.attempt, lambda step: self.event("checkpoint_committing", step))
         reader = Reader(launch.train_shards, seed=cfg.run.seed, shuffle=cfg.data.shuffle, window=cfg.data.window)
         self.batches = partial(
@@ -80,8 +71,8 @@ class Trainer:
         )
         self.evaluations = Evaluations(launch, session, loss_fn, need, self.mesh, micro_rows)
         self.sampler = Sampler(cfg, session.device) if cfg.eval.samples.prompts else None
-        self.meter = Meter(config_of(part), session, self.parts)
-        self.step = self.saved_step = _restore(launch, session, self.checkpointer, self.parts, self.optimizer)
+        self.meter = Meter(config_of(self.parts[0]), session, self.parts)
+        self.step = self.saved_step = restore(learner, launch, session, self.checkpointer)
         self.journal = Journal(launch, session, self.step)
         self.requests = Requests(session, self.mesh.loss, cfg.checkpoint.trigger)
         self.stop_asked = self.save_asked = False
@@ -149,23 +140,6 @@ class Trainer:
         self._evaluate_if_due()
         self._sample_if_due()
 
-    def event(self, name: str, step: int, **state: Any) -> None:
-        """Tell every callback.
-
-        Raises:
-            TrainingError: one raised, which stops the run.
-        """
-        for function, callback in zip(self.launch.callbacks, self.callbacks, strict=True):
-            try:
-                callback(name, {"step": step, "rank": self.session.rank, "run_dir": self.session.run_dir, **state})
-            except Exception as problem:  # the user's code may raise anything
-                raise TrainingError(
-                    "run.callbacks",
-                    function.spec,
-                    f"raised {type(problem).__name__} at {name} of step {step}: {problem}",
-                    "Mend it or take it out, then run the same command again to resume",
-                ) from problem
-
     def _flush(self) -> None:
         """Read the pending step's numbers, refuse what is not finite, log them, and take up what was asked of the run."""
         if self.pending is None:
@@ -181,13 +155,8 @@ class Trainer:
             vocab, pretrained = config_of(self.parts[0]).vocab_size, self.cfg.model.init == "pretrained"
             if warning := first_loss_warning(metrics["train/loss"], vocab, pretrained):
                 log.warning(warning)
-        if not (math.isfinite(metrics["train/loss"]) and math.isfinite(norm)):
-            raise TrainingError(
-                f"step {step}",
-                None,
-                f"the loss is {metrics['train/loss']} and the gradient norm {norm}",
-                "Lower optim.lr, check the rows of that step, or use model.compute_dtype=float32; the newest checkpoint is from before",
-            )
+        remedy = "Lower optim.lr, check the rows of that step, or use model.compute_dtype=float32"
+        require_finite(step, metrics["train/loss"], norm, remedy)
 
     def _save(self) -> None:
         progress = {**self.launch.identity, "total_steps": self.launch.total_steps, "rows": self.step * self.cfg.batch.rows}
@@ -198,13 +167,13 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         """Evaluate after this step if configured, unless the result is already recorded (a restart between save and evaluation)."""
-        if not self.evaluations.due(self.step) or self.journal.evaluated(self.step):
+        if not self.evaluations.due(self.step) or self.step in self.journal.evaluated:
             return
         self._flush()
         started = time.perf_counter()
         values = self.evaluations.run(self.parts[0])
         self.meter.exclude(time.perf_counter() - started)
-        lowest = self.journal.add_evaluation(self.step, values, self.cfg.eval.min_delta)
+        lowest = self.journal.add_evaluation(self.step, values)
         self.event("evaluated", self.step, loss=values["eval/loss"], values=values)
         if lowest and self.cfg.checkpoint.keep_best and self.step > self.saved_step:
             self._save()
@@ -219,17 +188,9 @@ class Trainer:
         started = time.perf_counter()
         prompts, texts = self.cfg.eval.samples.prompts, self.sampler.texts(self.parts[0])
         self.meter.exclude(time.perf_counter() - started)
-        self.journal.add_samples(self.step, prompts, texts)
+        self.journal.add_samples(self.step, ({"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)))
+        if self.session.rank == 0:
+            for prompt, text in zip(prompts, texts, strict=True):
+                log.info("sample at step %d: %r -> %r", self.step, prompt, text)
         self.event("sampled", self.step, prompts=prompts, texts=texts)
 
-
-def _restore(launch: Launch[SftRun], session: Session, checkpointer: Checkpointer, parts: list[Any], optimizer: Optimizer) -> int:
-    """Steps taken so far, after loading the newest committed checkpoint, the same one on every rank."""
-    restored = from_rank_0(resume.newest(session.home) if session.rank == 0 else None)
-    if restored is None:
-        return 0
-    resume.refuse_other_base(restored, launch.identity)
-    checkpointer.restore(restored.directory, parts, optimizer)
-    if session.rank == 0:
-        log.info("resumed at step %d from %s", restored.step, restored.directory)
-    return restored.step

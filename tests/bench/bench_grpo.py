@@ -1,6 +1,7 @@
 """Time of a GRPO step, trainer and vLLM on one card or on cards of their own: one JSON line.
 
     bench_grpo.py [--prompts 32] [--group 8] [--tokens 512] [--steps 8] [--staleness 0] [--separate] [--micro-tokens 16384] [--tiny]
+                  [--folder KEPT]
 
 A body of Qwen3-0.6B with the vocabulary of SmolLM2 and drawn weights, prompts of 150 random words, answers of `tokens` each, but for
 the one in a hundred that draws the end token. TOKENIZER is a folder with a tokenizer of at most 49,152 tokens; without it, one is fitted to
@@ -16,6 +17,8 @@ import os
 import random
 import statistics
 import tempfile
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +38,23 @@ SHAPES: dict[str, Any] = {
 }  # fmt: skip
 TINY = SHAPES | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
                  "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
-USER_CODE = '''
+USER_CODE = """
 import time
 
 def distinct(prompt, completion, row):
     return float(len(set(completion.split())) % 7)
 
+SHOWN = ("perf/step_s", "perf/batch_wait_s", "perf/push_s", "perf/update_s", "perf/tokens_per_s", "perf/recompiles", "perf/peak_memory_gib",
+         "train/num_tokens", "train/rollout_logprob_difference")
+
 def clock(event, state):
+    if event == "logged" and state["rank"] == 0:  # a run that is cut off has said this much
+        values = ", ".join(f"{name.split('/')[1]} {state['values'].get(name, 0.0):.4g}" for name in SHOWN)
+        print(f"{time.strftime('%X')} step {state['step']}: {values}", flush=True)
     if event == "step_end" and state["rank"] == 0:
         with (state["run_dir"] / "clock.txt").open("a") as file:
             file.write(f"{time.time()}\\n")
-'''
+"""
 
 
 def write_inputs(folder: Path, args: argparse.Namespace) -> None:
@@ -67,6 +76,8 @@ def write_inputs(folder: Path, args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     with torch.device("cpu" if args.tiny else "cuda"):
         Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
+    if not args.tiny:
+        torch.cuda.empty_cache()  # the card is for the engine and the trainer
     count = args.prompts * (args.steps + args.staleness + 1)
     rows = [{"text": " ".join(rng.choices(words, k=20 if args.tiny else 150))} for _ in range(count)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -81,7 +92,8 @@ def configuration(args: argparse.Namespace, folder: Path) -> GrpoRun:
             "method=grpo", "run.name=bench", f"run.dir={folder / 'runs'}", f"run.max_steps={args.steps}", f"model.path={folder / 'model'}",
             f"run.callbacks=[{folder / 'user.py'}:clock]", f"reward.functions.distinct.function={folder / 'user.py'}:distinct",
             f"data.train.words.path={folder / 'prompts.jsonl'}", "data.train.words.format=text",
-            f"rollout.engine={'local' if args.tiny else 'vllm'}", f"rollout.prompts_per_step={args.prompts}", f"rollout.group_size={args.group}",
+            f"rollout.engine={'local' if args.tiny else 'vllm'}",
+            f"rollout.prompts_per_step={args.prompts}", f"rollout.group_size={args.group}",
             f"rollout.max_prompt_tokens={256 if args.tiny else 480}", f"rollout.max_tokens={args.tokens}",
             f"rollout.max_staleness={args.staleness}", f"rollout.kv_cache_gib={args.kv_gib}",
             f"placement.mode={'separate' if args.separate or args.tiny else 'colocated'}", f"batch.micro_tokens={args.micro_tokens}",
@@ -96,16 +108,20 @@ def main() -> None:
     for name, default in (("prompts", 32), ("group", 8), ("tokens", 512), ("steps", 8), ("staleness", 0), ("micro-tokens", 16384)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--kv-gib", type=float, default=22.0)
+    parser.add_argument("--folder", help="where the run's inputs and directory are kept")
     for name in ("separate", "tiny"):
         parser.add_argument(f"--{name}", action="store_true")
     args = parser.parse_args()
     if args.tiny:
         args.prompts, args.group, args.tokens, args.steps, args.micro_tokens = 4, 2, 16, 5, 512
-    with tempfile.TemporaryDirectory() as scratch:
+    with nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_inputs(folder, args)
+        print(f"{time.strftime('%X')} inputs written", flush=True)
         with open_run(configuration(args, folder), False) as run, open_flow(run) as launch:
+            print(f"{time.strftime('%X')} engines and controller made", flush=True)
             fit(train, launch)
+            print(f"{time.strftime('%X')} trained", flush=True)
         ends = [float(line) for line in (run.run_dir / "clock.txt").read_text().split()]
         records = [record for record in read(run.run_dir / "metrics.jsonl") if record.get("step", 0) > WARM_UP]
     lasted = [later - earlier for earlier, later in zip(ends[WARM_UP:], ends[WARM_UP + 1 :], strict=False)]
@@ -114,8 +130,10 @@ def main() -> None:
         for name, value in record.items():
             if isinstance(value, float | int):
                 by_name.setdefault(name, []).append(value)
-    middle = {name: round(statistics.median(by_name[name]), 4) for name in sorted(by_name) if name.startswith(("perf/", "rollout/", "staleness/"))}
-    case = {name: value for name, value in vars(args).items()}
+    middle = {
+        name: round(statistics.median(by_name[name]), 4) for name in sorted(by_name) if name.startswith(("perf/", "rollout/", "staleness/"))
+    }
+    case = {name: value for name, value in vars(args).items() if name != "folder"}
     step = statistics.median(lasted)
     answers = args.prompts * args.group
     gap = statistics.median(by_name["train/rollout_logprob_difference"])

@@ -1,7 +1,7 @@
 """Training throughput through Ray Train, with full rows of random tokens: one JSON line per case.
 
     bench_sft.py [--adapter lora] [--mixed] [--compile] [--seq 4096] [--rows 4] [--steps 30] [--states float32|bfloat16] [--bare] [--tiny]
-                 [--callback ./profile.py:on]
+                 [--workers 1] [--replicas 1] [--callback ./profile.py:on]
 
 Shapes are those of Qwen3-0.6B, weights are drawn. --mixed packs documents of 512 to 4,096 tokens; --bare runs the same loop in
 this process, without Ray; --tiny runs the whole path with small shapes on a CPU. The figures are medians after 8 steps.
@@ -76,7 +76,7 @@ def configuration(args: argparse.Namespace, folder: Path) -> SftRun:
             f"model.init={'pretrained' if args.adapter == 'lora' else 'random'}",
             f"model.dtype={args.states}", "data.train.none.path=none", f"data.seq_len={args.seq}",
             f"batch.rows={args.rows * args.workers}", f"batch.micro_rows={args.rows}", "optim.lr=1e-5", "export.at_end=false",
-            f"parallel.workers={args.workers}", f"parallel.compile={str(args.compile).lower()}",
+            f"parallel.workers={args.workers}", f"parallel.replicas={args.replicas}", f"parallel.compile={str(args.compile).lower()}",
             f"parallel.activation_checkpointing={'full' if args.checkpointing else 'none'}",
             *([f"run.callbacks=[{args.callback}]"] if args.callback else []),
             *(["adapter.type=lora", "adapter.r=16"] if args.adapter == "lora" else []),
@@ -84,35 +84,56 @@ def configuration(args: argparse.Namespace, folder: Path) -> SftRun:
     )  # fmt: skip
 
 
-def main() -> None:
-    """Run one case and print its line."""
+def write_inputs(args: argparse.Namespace, folder: Path) -> None:
+    """Model and rows of a case."""
+    sizes = TINY if args.tiny else SHAPES
+    write_model(folder / "model", sizes, weights=args.adapter == "lora")
+    write_rows(folder / "shards", args.rows * args.workers * args.steps, args.seq, sizes["vocab_size"], args.mixed)
+
+
+def records_of(cfg: SftRun, shards_folder: Path, *, local: bool = False) -> list[dict[str, Any]]:
+    """Run, and the records of its steps."""
+    with open_run(cfg, local=local) as run:
+        fit(train, run.launch(shards_folder, None))
+    return [record for record in read(run.run_dir / "metrics.jsonl") if "train/loss" in record]
+
+
+def figures_of(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians after the warm-up."""
+    records = records[WARM_UP:]
+    middle = {name: statistics.median(record[name] for record in records if name in record) for name in records[0] if "/" in name}
+    return {
+        "tok_s": round(middle["perf/tokens_per_s"]), "step_ms": round(1e3 * middle["perf/step_s"], 1), "mfu": middle.get("perf/mfu"),
+        "peak_gib": round(max(record["perf/peak_memory_gib"] for record in records), 2),
+        "recompiled": records[-1]["perf/recompiles"] - records[0]["perf/recompiles"],
+    }  # fmt: skip
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """A case; with small shapes where there is no GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("seq", 4096), ("rows", 4), ("steps", 30), ("workers", 1)):
+    for name, default in (("seq", 4096), ("rows", 4), ("steps", 30), ("workers", 1), ("replicas", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name in ("mixed", "compile", "checkpointing", "bare", "tiny"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--adapter", choices=("none", "lora"), default="none")
     parser.add_argument("--states", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--callback", help="a user function called on the trainer's events, such as a profiler's")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.tiny or not _has_gpu():
         args.tiny, args.seq, args.steps = True, min(args.seq, 1024), min(args.steps, 12)
-    sizes = TINY if args.tiny else SHAPES
+    return args
+
+
+def main() -> None:
+    """Run one case and print its line."""
+    args = parse()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_model(folder / "model", sizes, weights=args.adapter == "lora")
-        write_rows(folder / "shards", args.rows * args.workers * args.steps, args.seq, sizes["vocab_size"], args.mixed)
-        with open_run(configuration(args, folder), local=args.bare) as run:
-            fit(train, run.launch(folder / "shards", None))
-        records = [record for record in read(run.run_dir / "metrics.jsonl") if "train/loss" in record][WARM_UP:]
-    middle = {name: statistics.median(record[name] for record in records if name in record) for name in records[0] if "/" in name}
+        write_inputs(args, folder)
+        records = records_of(configuration(args, folder), folder / "shards", local=args.bare)
     case = {name: value for name, value in vars(args).items() if name not in ("steps", "callback")}
-    figures = {
-        "tok_s": round(middle["perf/tokens_per_s"]), "step_ms": round(1e3 * middle["perf/step_s"], 1), "mfu": middle.get("perf/mfu"),
-        "peak_gib": round(max(record["perf/peak_memory_gib"] for record in records), 2),
-        "recompiled": records[-1]["perf/recompiles"] - records[0]["perf/recompiles"],
-    }  # fmt: skip
-    print(json.dumps({"bench": "rayft-sft", **case, **figures}))
+    print(json.dumps({"bench": "rayft-sft", **case, **figures_of(records)}))
 
 
 def _has_gpu() -> bool:

@@ -80,7 +80,7 @@ class Bench:
         self.model = write_model(folder / "model", layers)
         print(f"     model written in {time.monotonic() - began:.1f} s", flush=True)
         began = time.monotonic()
-        options = EngineOptions(folder / "model", context=2048, kv_cache_bytes=int(kv_gib * 2**30), version="1.0", deadline_s=60)
+        options = EngineOptions(folder / "model", context=2048, kv_cache_bytes=int(kv_gib * 2**30), version="1.0", deadline_s=60, eager=False)
         self.thread = EngineThread(options, start_s=300)
         self.children = list(self.thread.engine._children)
         print(f"     engine started in {time.monotonic() - began:.1f} s", flush=True)

@@ -35,9 +35,8 @@ def products(rows: int, inputs: int, outputs: int) -> float:
 
 def attention() -> float:
     """Forward and backward of one layer."""
-    q, k, v = (
-        torch.randn(ROWS, heads, LENGTH, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (HEADS, KV_HEADS, KV_HEADS)
-    )
+    numbers = (torch.randn(ROWS, heads, LENGTH, DIM, device="cuda", dtype=torch.bfloat16) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    q, k, v = (x.requires_grad_() for x in numbers)
     gradient = torch.randn_like(q)
 
     def step() -> None:
@@ -89,10 +88,8 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float)
     args = parser.parse_args()
     width = DIM * HEADS
-    one_layer = sum(
-        count * products(TOKENS, inputs, outputs)
-        for count, inputs, outputs in ((1, HIDDEN, width), (2, HIDDEN, DIM * KV_HEADS), (1, width, HIDDEN), (2, HIDDEN, INNER), (1, INNER, HIDDEN))
-    )
+    shapes = ((HIDDEN, width), *2 * [(HIDDEN, DIM * KV_HEADS)], (width, HIDDEN), *2 * [(HIDDEN, INNER)], (INNER, HIDDEN))
+    one_layer = sum(products(TOKENS, inputs, outputs) for inputs, outputs in shapes)
     parts = {
         "layer_products": LAYERS * one_layer, "head_products": TOKENS / HEAD_CHUNK * products(HEAD_CHUNK, HIDDEN, VOCAB),
         "attention": LAYERS * attention(), "adamw": adamw(), "elementwise": elementwise_bytes() / copy_rate(),

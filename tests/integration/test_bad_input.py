@@ -6,6 +6,7 @@ something there and runs one command in this process, without Ray.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
+from rayft.actors import placement
 from rayft.checkpoint import resume
 from rayft.cli import main
 from rayft.data import store
@@ -33,6 +35,8 @@ PACK = ("preprocess", "run.yaml", "--local")
 VALIDATE = ("validate", "run.yaml")
 EVALUATE = ("evaluate", "run.yaml", "--local", "data.eval.zoo.path=train.jsonl")
 ONLINE = ("validate", "grpo.yaml")
+ONLINE_PLAN = ("plan", "grpo.yaml")
+CACHE = ("rollout.engine=vllm", "rollout.kv_cache_gib=100000")
 CHAT = [{"role": "user", "content": "Who lives here?"}, {"role": "assistant", "content": "A bear."}]
 HOOKS = """
 def fails(event, state):
@@ -152,6 +156,21 @@ def make_read_only(place: Place) -> None:
         pytest.skip("root may write everywhere")
     (place.folder / "read-only" / "fresh").mkdir(parents=True)
     (place.folder / "read-only" / "fresh").chmod(0o555)
+
+
+def two_gpus(place: Place) -> None:
+    place.patch.setattr(placement, "resources_in_reach", lambda: {"CPU": 8.0, "GPU": 2.0, "memory": 1e12})
+
+
+def no_vllm(place: Place) -> None:
+    found = importlib.util.find_spec
+    place.patch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else found(name, *rest))
+
+
+def old_vllm(place: Place) -> None:
+    found = importlib.util.find_spec
+    place.patch.setattr(importlib.util, "find_spec", lambda name, *rest: object() if name == "vllm" else found(name, *rest))
+    place.patch.setattr(importlib.metadata, "version", lambda name: "0.11.2")
 
 
 def hide_tracker(place: Place) -> None:
@@ -358,6 +377,26 @@ GRPO = (
         lambda p: p.write("broken_reward.py", "from math import no_such_thing\n"),
     ),
     Case("no-ready-reward", (*ONLINE, "reward.functions.a.function=none"), CONFIG, ("reward.functions.a.function = 'none'", "Use one of")),
+    Case(
+        "engines-over-gpus", (*ONLINE_PLAN, "parallel.device=cuda", "rollout.engines=2"), RESOURCES,
+        ("rollout.engines = 2", "need 2 GPUs beside 1 of the trainer, the cluster has 2", "colocate"), two_gpus,
+    ),
+    Case("engines-over-cpus", (*ONLINE_PLAN, "rollout.engines=500"), RESOURCES, ("rollout.engines = 500", "the cluster has", "Use fewer")),
+    Case(
+        "beyond-positions", (*ONLINE_PLAN, "rollout.max_tokens=1000000"), CONFIG,
+        ("rollout.max_tokens = 1000000", "the model ends at", "Allow shorter prompts or answers"),
+    ),
+    Case(
+        "online-memory", (*ONLINE_PLAN, "batch.micro_tokens=90000000"), RESOURCES,
+        ("parallel.workers = 1", "too few", "Set batch.micro_tokens=24, with the same result"),
+    ),
+    Case("cache-memory", (*ONLINE_PLAN, *CACHE), RESOURCES, ("rollout.engines = 1", "too few", "Set rollout.kv_cache_gib=")),
+    Case("no-vllm", (*ONLINE, "rollout.engine=vllm"), CONFIG, ("rollout.engine = 'vllm'", "is not installed here", "pip install"), no_vllm),
+    Case(
+        "old-vllm", (*ONLINE, "rollout.engine=vllm"), CONFIG,
+        ("rollout.engine = 'vllm'", "is version 0.11.2 here", "0.25 is the oldest that works"), old_vllm,
+    ),
+    Case("keep-best", (*ONLINE, "checkpoint.keep_best=true"), CONFIG, ("checkpoint.keep_best", "needs evaluations", "Add a source")),
     Case("online-locally", ("train", "grpo.yaml", "--local"), CONFIG, ("--local", "needs Ray", "Leave it out")),
     Case("online-rows", ("preprocess", "grpo.yaml", "--local"), CONFIG, ("method = 'grpo'", "no packed rows", "Use rayft train")),
 )  # fmt: skip

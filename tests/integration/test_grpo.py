@@ -1,8 +1,11 @@
-"""Whole online runs on a local cluster: engines, rewards, controller and trainer; on-policy, one step behind, resumed."""
+"""Whole online runs on a local cluster: engines, rewards, controller and trainer; on-policy, one step behind, resumed, an engine killed."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ import pytest
 import yaml
 from rayft.recipes import grpo
 
+from faults.job import START_S, wait
+from faults.online import fates, journal
 from rayft.checkpoint import resume
 from rayft.config.load import load
 from rayft.config.schema import GrpoRun
@@ -131,3 +136,36 @@ def test_two_workers_one_step_behind_with_reference_and_updates_keep_the_bound(s
     assert steps[1]["train/ref_kl"] < steps[4]["train/ref_kl"] and steps[1]["train/policy_kl"] > 0
     assert all(steps[step]["staleness/max"] <= 1 for step in (1, 2, 3, 4)) and steps[1]["rollout/engines"] >= 1
     check_journal(run_dir, 1)
+
+
+def kill_the_engine(run_dir: Path) -> int:
+    """kill -9 of the run's only engine, after the first step, while it answers; its pid."""
+    import ray
+
+    def answering() -> bool:
+        events = journal(run_dir)
+        return any(line.get("event") == "pushed" and line["step"] == 1 for line in events) and events[-1].get("event") == "started"
+
+    wait(answering, START_S, "an engine that answers")
+    (name,) = [name for name in ray.util.list_named_actors() if name.endswith("-engine-0")]
+    pid: int = ray.get(ray.get_actor(name).__ray_call__.remote(lambda _: os.getpid()))
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def test_a_killed_engine_comes_back_with_the_right_weights(site: Path) -> None:
+    """Its groups are asked for again, and every prompt is accounted for; more of such faults are in tests/faults."""
+    with ThreadPoolExecutor(1) as beside:
+        killing = beside.submit(kill_the_engine, site / "runs" / "killed")
+        run_dir = train(site, "killed", "rollout.max_staleness=0", "rollout.max_tokens=48", "eval.every=4", "eval.at_start=false")
+        assert killing.result(0)
+    steps = merged(run_dir)
+    found = fates(run_dir)
+    assert found.failures["process"] >= 1 and steps[4]["rollout/restarted"] >= 1, "nothing was under way"
+    assert (
+        not found.under_way
+        and not found.dropped
+        and {step: len(batch) for step, batch in found.batches.items()} == dict.fromkeys(range(4), 3)
+    )
+    assert all(steps[step]["train/rollout_logprob_difference"] < 1e-4 for step in (1, 2, 3, 4))
+    check_journal(run_dir, 0)

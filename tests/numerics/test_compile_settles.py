@@ -51,7 +51,10 @@ def test_fifty_batches_of_different_documents_compile_nothing_after_warm_up(tmp_
 
 
 def flex_losses_and_graphs(rank: int, world: int, folder: str) -> tuple[list[float], list[float], list[int]]:
-    """Losses by document and by flex attention in compiled layers, and the graphs after each batch; forward only, for flex has no backward here."""
+    """Losses by document and by flex attention in compiled layers, and the graphs after each batch.
+
+    Forward only, for flex has no backward on a CPU.
+    """
     import torch
 
     from rayft.losses.supervised import NEED

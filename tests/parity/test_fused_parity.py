@@ -222,6 +222,25 @@ def test_thirty_steps_on_one_and_two_ranks_recomputed_and_compiled(tmp_path: Pat
         np.testing.assert_allclose(np.array(curve)[:, 1], np.array(plain)[: len(curve), 1], rtol=1e-4)
 
 
+def curves_of_families(rank: int, world: int, jobs: list[tuple[str, list[tuple[int, list[str]]]]]) -> list[Any]:
+    """`curves` of each (folder, cases)."""
+    return [curves(rank, world, folder, cases) for folder, cases in jobs]
+
+
+def test_thirty_steps_of_several_families(tmp_path: Path) -> None:
+    """All weights, and LoRA on all layers: losses and gradient norms with fused operations are those without."""
+    jobs, lora = [], ["adapter.type=lora", "adapter.r=4", "adapter.dropout=0.1"]
+    for family in ("llama", "qwen3", "gemma3"):
+        on = [f"kernels.norm_rope={'on' if family in NORMED else 'off'}", "kernels.glu=on"]
+        folder = str(write_model(family, tmp_path / family))
+        jobs.append((folder, [(30, []), (30, on), (30, lora), (30, [*lora, *on, "kernels.lora=on"])]))
+    for (folder, _), (plain, ours, adapted_plain, adapted_ours) in zip(jobs, run_ranks(1, curves_of_families, jobs)[0], strict=True):
+        for fused_curve, plain_curve in ((ours, plain), (adapted_ours, adapted_plain)):
+            assert plain_curve[-1][0] < plain_curve[0][0]
+            np.testing.assert_allclose(np.array(fused_curve)[:, 0], np.array(plain_curve)[:, 0], rtol=2e-5, err_msg=folder)
+            np.testing.assert_allclose(np.array(fused_curve)[:, 1], np.array(plain_curve)[:, 1], rtol=2e-4, err_msg=folder)
+
+
 INTERPRETED = """
 import torch
 from bench import check_lora
@@ -231,6 +250,7 @@ glu._on_triton = lambda x: x.dtype != torch.float64
 expected = check_lora.token_dropout
 for activation in check_lora.ACTIVATIONS:
     check_lora.check_kernels(activation, torch.float32, "cpu")
+check_lora.check_operators("cpu")
 x, keys = torch.randn(33, 300), torch.randint(0, 2**32, (33,))
 torch.testing.assert_close(triton.dropout_kernel(x, keys, 2**31 - 1, 0.3), dropout.token_dropout(x, keys, 2**31 - 1, 0.3))
 """

@@ -11,7 +11,13 @@ from unittest import mock
 from rules.source_tree import ROOT, imports, sources
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-DISTRIBUTION_OF = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "math_verify": "math-verify", "mlflow": "mlflow-skinny"}
+DISTRIBUTION_OF = {
+    "yaml": "pyyaml",
+    "huggingface_hub": "huggingface-hub",
+    "math_verify": "math-verify",
+    "reasoning_gym": "reasoning-gym",
+    "mlflow": "mlflow-skinny",
+}
 """Import name -> distribution, where they differ."""
 NOT_IMPORTED = {
     "s3fs": "fsspec loads it for s3://",
@@ -19,7 +25,7 @@ NOT_IMPORTED = {
     "trl": "for users' own formats and drivers",
 }
 """Dependencies that no line imports, with the reason why they are there all the same."""
-OWN = {"rayft", "rayft_kernels", "bench"}
+OWN = {"rayft", "rayft_kernels", "bench", "hub"}
 WITH_TORCH = {"triton"}
 """Libraries that come with torch where they are of use."""
 

@@ -53,7 +53,7 @@ class World:
         if self.state.running and self.draw.random() < 0.7:
             ordinal = self.draw.choice(list(self.state.running))
             if self.draw.random() < 0.1:
-                self.tell(event="failed", ordinal=ordinal, why=self.draw.choice(["process", "data"]))
+                self.tell(event="failed", ordinal=ordinal, why=self.draw.choice(["process", "environment", "data"]))
                 self.left_out |= {ordinal} - {*self.state.again}
                 return
             self.made[ordinal] = self.state.running[ordinal]
@@ -66,7 +66,7 @@ class World:
                 return
             kept, again = self.draw.random() < 0.8, ordinal in self.state.missing
             self.tell(event="scored", ordinal=ordinal, kept=kept)
-            self.left_out |= set() if kept or again else {ordinal}
+            self.left_out = self.left_out - {ordinal} | (set() if kept or again else {ordinal})
 
     def train(self) -> None:
         """The trainer asks for its batch, and when it gets one takes a step, pushes and saves."""
@@ -118,11 +118,13 @@ class World:
 
 
 @settings(max_examples=600, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 4), st.integers(0, 3), st.integers(1, 9), st.integers(1, 4), st.integers(0, 5))
+@given(
+    st.integers(0, 2**32), st.integers(1, 4), st.integers(0, 3), st.integers(1, 9), st.integers(1, 4), st.integers(0, 5), st.integers(0, 2)
+)
 def test_any_schedule_ends_within_the_bound_and_trains_no_group_twice(
-    seed: int, groups: int, staleness: int, steps: int, every: int, kills: int
+    seed: int, groups: int, staleness: int, steps: int, every: int, kills: int, rerolls: int
 ) -> None:
-    world = World(Limits(groups, staleness, steps, restarts=3, rescores=1), every, Random(seed), kills)
+    world = World(Limits(groups, staleness, steps, restarts=3, rescores=1, rerolls=rerolls), every, Random(seed), kills)
     world.run()
     consumed = [ordinal for step in range(steps) for ordinal in world.trained[step]]
     assert len(set(consumed)) == len(consumed) == groups * steps
@@ -163,3 +165,26 @@ def test_a_slow_group_is_waited_for_when_it_is_due() -> None:
     state.apply({"event": "finished", "ordinal": 2})
     state.apply({"event": "scored", "ordinal": 2, "kept": True})
     assert state.batch(1) is None and state.waits_for() == (0,), "but not twice: it is due"
+
+
+def test_a_filtered_group_is_rolled_again_under_later_weights_so_many_times() -> None:
+    state = Admission(Limits(groups=1, staleness=0, steps=9, restarts=0, rescores=0, rerolls=1))
+
+    def see(name: str, **fields: object) -> None:
+        state.apply({"event": name, **fields})
+
+    def roll(ordinal: int, kept: bool) -> None:
+        assert state.to_start() == ordinal
+        see("started", ordinal=ordinal)
+        see("finished", ordinal=ordinal)
+        see("scored", ordinal=ordinal, kept=kept)
+
+    see("pushed", step=0)
+    roll(0, kept=False)
+    roll(1, kept=True)
+    see("consumed", step=0, ordinals=[1])
+    see("pushed", step=1)
+    roll(0, kept=False)
+    assert (state.rolls[0], state.later) == (1, {}), "once is enough"
+    roll(2, kept=True)
+    assert state.counts == {"filtered": 2, "rerolled": 1}

@@ -15,6 +15,7 @@ from rayft.errors import DataError, InfrastructureError
 from rayft.rollout.agent import Sampling, rollout
 from rayft.rollout.compat import spans_of
 from rayft.rollout.env import Observation
+from rayft.rollout.stage import Stage
 from rayft.types import Completion, Group, Prompt
 
 PROMPT = Prompt("0-7", 7, (1, 2, 3), {"answer": "x"})
@@ -41,25 +42,44 @@ class Script:
         return Completion(tuple(range(100, 100 + n)), tuple(-0.5 for _ in range(n)), versions, reason)
 
 
+class Numbers:
+    """A dialogue whose replies are tokens already, and whose generation prompt is the prompt's last token."""
+
+    def without_generation(self, prompt: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(prompt[:-1]), tuple(prompt[-1:])
+
+    def opening(self, reply: Sequence[int], generation: tuple[int, ...]) -> tuple[int, ...]:
+        return (*reply, *generation)
+
+    def reply(self, reply: Sequence[int], last: int) -> tuple[int, ...]:
+        assert last >= 100
+        return tuple(reply)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return " ".join(map(str, tokens))
+
+
 class Talk:
     """An environment that opens with a token and answers `reply` tokens until it has seen `turns` turns."""
 
     def __init__(self, turns: int, reply: int) -> None:
         self.turns, self.reply, self.seen = turns, reply, list[str]()
 
-    async def reset(self, row: Mapping[str, Any]) -> Sequence[int]:
-        assert row["answer"] == "x"
+    async def reset(self, row: Mapping[str, Any], seed: int) -> Any:
+        assert row["answer"] == "x" and 0 <= seed < 2**31
         return (50,)
 
-    async def step(self, text: str, tokens: Sequence[int]) -> Observation:
+    async def step(self, text: str) -> Observation:
         self.seen.append(text)
-        return Observation((60,) * self.reply, len(self.seen) == self.turns, {"turn": 1.0, "last": float(len(self.seen) == self.turns)})
+        last: Any = len(self.seen) == self.turns
+        return Observation([60] * self.reply, last, 1.0 if last else 0.25)  # type: ignore[list-item]
 
 
 def run(engine: Any, n: int = 1, **options: Any) -> Group:
-    environment = options.pop("environment", None)
+    environment, max_turns = options.pop("environment", None), options.pop("max_turns", 16)
     sampling = Sampling(**({"max_tokens": 20, "context": 64} | options))
-    return asyncio.run(rollout(engine, PROMPT, n, sampling, environment, lambda tokens: " ".join(map(str, tokens))))
+    dialogue: Any = Numbers()
+    return asyncio.run(rollout(engine, PROMPT, n, sampling, Stage(environment, dialogue, 5.0, max_turns) if environment else None))
 
 
 def test_one_turn_gives_n_samples_with_their_own_seeds() -> None:
@@ -80,12 +100,12 @@ def test_turns_are_strung_together_and_only_the_policy_is_trained() -> None:
     engine = Script(2)
     talk = Talk(turns=2, reply=3)
     (trajectory,) = run(engine, environment=lambda: talk).trajectories
-    assert trajectory.tokens == (50, 100, 101, 60, 60, 60, 100, 101)
-    assert trajectory.by_policy == (False, True, True, False, False, False, True, True)
-    assert trajectory.logprobs == (0, -0.5, -0.5, 0, 0, 0, -0.5, -0.5)
-    assert trajectory.versions == (("1.1", 1, 2), ("1.2", 2, 3), ("1.1", 6, 7), ("1.2", 7, 8))
-    assert (trajectory.finish_reason, trajectory.turns, trajectory.rewards) == ("stop", 2, {"turn": 2.0, "last": 1.0})
-    assert engine.calls[1]["prompt"] == (1, 2, 3, 50, 100, 101, 60, 60, 60) and talk.seen == ["100 101"] * 2
+    assert trajectory.tokens == (50, 3, 100, 101, 60, 60, 60, 100, 101)
+    assert trajectory.by_policy == (False, False, True, True, False, False, False, True, True)
+    assert trajectory.logprobs == (0, 0, -0.5, -0.5, 0, 0, 0, -0.5, -0.5)
+    assert trajectory.versions == (("1.1", 2, 3), ("1.2", 3, 4), ("1.1", 7, 8), ("1.2", 8, 9))
+    assert (trajectory.finish_reason, trajectory.turns, trajectory.rewards) == ("stop", 2, {"environment": 1.25})
+    assert engine.calls[1]["prompt"] == (1, 2, 50, 3, 100, 101, 60, 60, 60) and talk.seen == ["100 101"] * 2
     assert engine.calls[0]["seed"] != engine.calls[1]["seed"]
 
 
@@ -95,12 +115,12 @@ def test_budgets_hold(length: int, turns: int, reply: int, max_tokens: int, cont
     engine = Script(length)
     options = {"max_tokens": max_tokens, "context": context, "max_turns": max_turns}
     (trajectory,) = run(engine, environment=lambda: Talk(turns, reply), **options).trajectories
-    assert sum(trajectory.by_policy) <= max_tokens and len(PROMPT.tokens) + len(trajectory.tokens) <= context
+    assert 0 < sum(trajectory.by_policy) <= max_tokens and len(PROMPT.tokens) - 1 + len(trajectory.tokens) <= context
     assert trajectory.turns == len(engine.calls) <= max_turns
     assert all(call["max_tokens"] >= 1 and len(call["prompt"]) + call["max_tokens"] <= context for call in engine.calls)
     written = [position for position, own in enumerate(trajectory.by_policy) if own]
     assert [position for _, first, end in trajectory.versions for position in range(first, end)] == written
-    assert (trajectory.finish_reason == "stop") == (trajectory.rewards.get("last", 0.0) == 1.0)
+    assert (trajectory.finish_reason == "stop") == (trajectory.rewards["environment"] == 0.25 * (turns - 1) + 1.0)
 
 
 def test_failures_are_no_trajectories() -> None:

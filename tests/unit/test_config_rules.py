@@ -101,6 +101,7 @@ REFUSED = [
         ["adapter.type=none", "adapter.modules_to_save=[lm_head]"],
         "adapter.modules_to_save = ('lm_head',): needs an adapter, and adapter.type is none. Set adapter.type to lora, or remove the key.",
     ),
+    (["model.quantize=nf4"], "model.quantize = 'nf4': cannot be trained in full, and adapter.type is none."),
     ([LORA, "adapter.dropout=1"], "adapter.dropout = 1.0: drops every input, so the adapter learns nothing. Use a value below 1."),
     ([LORA, "adapter.targets=[]"], "adapter.targets = []: names no module. Use all-linear, or name the modules."),
     (
@@ -112,6 +113,10 @@ REFUSED = [
         [LORA, "model.init=random"],
         "model.init = 'random': leaves a LoRA adapter on weights that mean nothing and stay frozen. "
         "Use model.init pretrained, or adapter.type none.",
+    ),
+    (
+        [LORA, "kernels.linear_cross_entropy=lean"],
+        "kernels.linear_cross_entropy = 'lean': would save nothing, as the head is frozen. Set it to fast.",
     ),
     (["kernels.lora=on"], "kernels.lora = 'on': there is no LoRA adapter. Set adapter.type to lora, or kernels.lora to auto."),
     (["export.merge=true"], "export.merge = True: there is no adapter to merge. Set adapter.type to lora, or export.merge to false."),
@@ -126,6 +131,10 @@ REFUSED = [
     (
         ["parallel.device=cpu", "parallel.attention=flex"],
         "parallel.attention = 'flex': flex attention has no backward on CPUs. Use auto or sdpa.",
+    ),
+    (
+        ["parallel.device=cpu", "parallel.attention=triton"],
+        "parallel.attention = 'triton': Triton kernels run on GPUs only. Use auto or sdpa.",
     ),
 ]
 
@@ -162,6 +171,7 @@ def test_refused(overrides: list[str], sentence: str) -> None:
         ["model.init=random"],
         ["run.callbacks=[a.b:c, ./hooks.py:on_step, /abs/hooks.py:on_step]"],
         ["parallel.attention=flex"],
+        ["parallel.attention=triton"],
         ["parallel.device=cpu", "parallel.attention=sdpa"],
     ],
     ids=" ".join,
@@ -185,6 +195,11 @@ def test_every_rule_has_a_refusal_here() -> None:
 def test_all_refusals_are_listed_in_the_order_of_the_rules() -> None:
     found = refusals("batch.micro_rows=9", "data.seq_len=1", "eval.every=5", "eval.at_start=true")
     assert [line.split(" ")[0] for line in found] == ["data.seq_len", "batch.micro_rows", "eval.every", "eval.at_start"]
+
+
+def test_a_lean_loss_is_for_trained_heads() -> None:
+    assert run("kernels.linear_cross_entropy=lean").kernels.linear_cross_entropy == "lean"
+    assert refusals(LORA, "adapter.modules_to_save=[lm_head]", "kernels.linear_cross_entropy=lean") == []
 
 
 def test_a_list_of_refusals_survives_the_way_back_from_a_worker() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 
 from bench import check_linear_ce
 from bench.check_linear_ce import MEASURED, SMALL, Case, arguments, check_error, check_terms
+from families import make_batch
+from rayft.models import heads
 from rayft_kernels import token_logprobs, weighted_nll_sum
 from rayft_kernels.linear_cross_entropy import chunks
 
@@ -50,6 +54,31 @@ def test_derivative_in_float64(softcap: float | None) -> None:
 
     terms = partial(token_logprobs, softcap=softcap, logit_scale=1.3)
     assert torch.autograd.gradcheck(lambda h, w, b: terms(h, w, targets, bias=b), [x.requires_grad_() for x in (hidden, weight, bias)])
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_the_model_passes_on_how_its_loss_is_made(lean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model(torch.nn.Module):
+        """Hidden states that are given, and a head."""
+
+        config = SimpleNamespace(get_text_config=SimpleNamespace)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(4, 257, bias=False)
+
+        def get_output_embeddings(self) -> torch.nn.Module:
+            return self.head
+
+        def base_model(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(last_hidden_state=torch.ones(*input_ids.shape, 4))
+
+    found: list[bool] = []
+    monkeypatch.setattr(heads, "weighted_nll_rows", lambda *args, **options: found.append(options["lean"]) or args)
+    model: Any = Model()
+    heads.attach_score(model, lambda _: None, 0, lean=lean)
+    model.score(make_batch([[64]]), "weighted_nll")
+    assert found == [lean]
 
 
 def test_zero_rows_give_a_zero_gradient() -> None:

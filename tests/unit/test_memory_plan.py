@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from rayft.parallel.mesh import build_mesh
 from rayft.train.build import build_model
 from rayft.train.step import forward_backward, update
 from rayft.types import Batch, Session
+from rayft_kernels.linear_cross_entropy import chunks
 
 TOKENS = 512
 LORA = {"type": "lora", "r": 8}
 ON = {"norm_rope": "on", "glu": "on"}
 BF16 = {"compute_dtype": "bfloat16"}
+NF4 = {"quantize": "nf4"}
 SIZES: dict[str, Any] = {
     "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32,
@@ -113,6 +116,7 @@ def measured(config: Any, cfg: SftRun, folder: Path, micro_batches: int) -> tupl
         ("qwen3", {"head_dim": 64}, {"adapter": LORA}, 1),
         ("llama", {}, {"adapter": LORA, "model": BF16, "parallel": {"activation_checkpointing": "full"}}, 1),
         ("llama", {}, {"adapter": LORA | {"targets": ["q_proj", "v_proj"], "dropout": 0.1}, "model": BF16}, 1),
+        ("qwen3", {"hidden_size": 512, "intermediate_size": 2048}, {"adapter": LORA, "model": NF4}, 1),
     ],
 )
 @pytest.mark.usefixtures("group")
@@ -184,6 +188,22 @@ def test_what_leaves_a_gpu_is_on_its_host_and_nothing_leaves_a_cpu() -> None:
     for parallel in (Parallel(cpu_offload=True, activation_offload=True), Parallel()):
         found = memory.estimate(shape(), run(parallel=parallel), "cpu")
         assert (found.total, found.host) == (memory.estimate(shape(), run(), "cpu").total, {})
+
+
+def test_a_lean_loss_saves_the_float32_sum_of_a_trained_head() -> None:
+    """On a GPU: 4 bytes for each of its weights, and what chunks of the fast way take beyond those of the lean one."""
+    found = shape()
+    for tokens, trained in ((256, True), (4096, True), (4096, False)):
+        fast, lean = (memory.loss_bytes(found, tokens, 2, head_trained=trained, gpu=True, lean=on) for on in (False, True))
+        sizes = (tokens, found.hidden, found.vocab, torch.bfloat16)
+        inside = chunks.weighted_nll_bytes(*sizes, head_trained=trained, lean=True)
+        head = found.hidden * found.vocab if trained else 0
+        assert lean == 2 * 2 * tokens * found.hidden + inside + 2 * head
+        assert inside <= chunks.LEAN_BYTES
+        assert lean <= fast if not trained else lean < fast
+    big = replace(found, hidden=2048, vocab=128256)
+    fast, lean = (memory.loss_bytes(big, 8192, 2, head_trained=True, gpu=True, lean=on) for on in (False, True))
+    assert fast - lean == pytest.approx(4 * 2048 * 128256 - chunks.LEAN_BYTES, rel=0.2)
 
 
 @pytest.mark.parametrize("compile_layers", [False, True])

@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 
+from bench import check_rms_norm
 from bench.check_norm_rope import CASES, Case, checks
 from rayft_kernels import norm_rope, qkv_norm_rope, rms_norm
 
 SMALL = tuple(case for case in CASES if case.seq < 100)
 CHECKS = checks("cpu", (torch.float32, torch.bfloat16), SMALL, casts_case=Case(heads=(4, 2, 2)), backend="aot_eager")
+CHECKS |= check_rms_norm.checks("cpu", (torch.float32, torch.bfloat16), ((1, 2), (2, 5, 760), (0, 64)), backend="aot_eager")
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -59,6 +61,13 @@ def test_packed_rows_equal_a_batch_of_one() -> None:
     flat = qkv_norm_rope(q, k, None, None, None, cos, sin)
     batch = qkv_norm_rope(q[None], k[None], None, None, None, cos[None], sin[None])
     assert torch.equal(flat[0], batch[0][0]) and torch.equal(flat[1], batch[1][0]) and flat[2] is None
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_gradients_of_rms_norm_in_float64(unit_offset: bool) -> None:
+    x, w = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 6), (6,)))
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, unit_offset=unit_offset), (x, w))
+    assert torch.autograd.gradcheck(rms_norm, (x,))
 
 
 @pytest.mark.parametrize("unit_offset", [False, True])

@@ -20,11 +20,17 @@ SMALL = [
     "reward.functions.exact.function=./rewards.py:exact",
 ]
 
+JUDGED = [f"reward.functions.j.judge.{field}" for field in ("url=http://here/v1", "model=m", "prompt='{{ completion }}'")]
+
 REFUSED = [
     (["rollout.group_size=1"], "rollout.group_size = 1: leaves an answer nothing to be compared with"),
     (
         ["algorithm.updates=3", "rollout.prompts_per_step=8"],
         "algorithm.updates = 3: does not divide rollout.prompts_per_step = 8. Use one of",
+    ),
+    (
+        ["kernels.linear_cross_entropy=lean"],
+        "kernels.linear_cross_entropy = 'lean': would save nothing, as the loss of this method computes the logits twice in any case.",
     ),
     (["batch.micro_tokens=100"], "batch.micro_tokens = 100: is less than rollout.max_prompt_tokens + rollout.max_tokens = 2048."),
     (["reward.overlong_buffer=2000"], "reward.overlong_buffer = 2000: is longer than the longest answer, rollout.max_tokens = 1024."),
@@ -41,7 +47,28 @@ REFUSED = [
     (["algorithm.advantage=gdpo", "reward.overlong_buffer=9"], "reward.overlong_buffer = 9: is added to the total, which"),
     (["reward.functions.exact.function=m:1f"], "reward.functions.exact.function = 'm:1f': must read module:function"),
     (["reward.functions.a/b.function=m:f"], "reward.functions.a/b: the name of a reward is made of letters"),
+    (["reward.functions.exact.batch=true", "reward.functions.exact.trl=true"], "functions.exact.batch = True: is another form of call"),
+    (["reward.functions.b.weight=1.0"], "reward.functions.b: has none of function, judge and model, and needs exactly one. Add one"),
+    (["reward.functions.exact.model.path=m"], "reward.functions.exact: has function and model of function, judge and model, and needs"),
+    ([*JUDGED, "reward.functions.j.trl=true"], "reward.functions.j.trl = True: is for a function, and there is none. Leave it out."),
+    ([*JUDGED, "reward.functions.j.judge.url=here:80"], "reward.functions.j.judge.url = 'here:80': is no HTTP address."),
+    ([*JUDGED, "reward.functions.j.judge.api_key_env=KEY"], "reward.functions.j.judge.api_key_env = 'KEY': is not in env.forward, so"),
+    ([*JUDGED, "reward.functions.j.judge.json_field=a", "reward.functions.j.judge.score=(.)"], "judge.score = '(.)': is not read, as"),
+    (["environment.function=chess"], "environment.function = 'chess': is not the name of a ready environment. Use one of openenv, tools,"),
+    (["environment.arguments.a=1", "environment.tools=[m:f]"], "environment.function: is null, and environment has arguments and tools."),
+    (["environment.function=tools"], "environment.tools = []: is empty, and environment.function is tools."),
+    (["environment.function=openenv"], "environment.arguments.url: is missing, and environment.function is openenv."),
+    (["environment.function=tools", "environment.tools=[m]"], "environment.tools = 'm': must read module:function or ./file.py:function."),
+    (["environment.function=m:f", "reward.functions.environment.function=exact"], "reward.functions.environment: is the name of the"),
+    (["adapter.type=lora", "model.quantize=nf4"], "model.quantize = 'nf4': makes the trained policy another one"),
     (["adapter.type=lora", "adapter.dropout=0.1"], "adapter.dropout = 0.1: makes the trained policy another one"),
+    (["algorithm.rerolls=1"], "algorithm.rerolls = 1: has no filtered groups to roll again. Set algorithm.filter to zero_variance,"),
+    (
+        ["checkpoint.keep_best=true", "checkpoint.keep=1", "data.eval.a.path=x", "eval.every=5"],
+        "checkpoint.keep = 1: deletes a checkpoint before its reward is known",
+    ),
+    (["adapter.type=lora", "adapter.target_parameters=[experts.down_proj]"], "adapter.target_parameters = ['experts.down_proj']: are not"),
+    (["eval.patience=2", "data.eval.a.path=x"], "eval.patience = 2: needs evaluations during training, and eval.every is null."),
     (["eval.every=5"], "eval.every = 5: has nothing to evaluate on."),
 ]
 
@@ -55,6 +82,14 @@ def refusal(*overrides: str) -> str:
 @pytest.mark.parametrize(("overrides", "expected"), REFUSED, ids=lambda value: value if isinstance(value, str) else " ".join(value))
 def test_refused(overrides: list[str], expected: str) -> None:
     assert expected in refusal(*overrides)
+
+
+def test_something_rewards() -> None:
+    bare = SMALL[:-1]
+    assert load([], [*bare, "environment.function=m:f"])
+    for more in ([], ["environment.function=tools", "environment.tools=[m:f]"]):
+        with pytest.raises(ConfigError, match=r"reward.functions = \{\}: is empty, and there is no environment that gives rewards"):
+            load([], [*bare, *more])
 
 
 def test_every_rule_has_a_refusal_here() -> None:

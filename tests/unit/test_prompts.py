@@ -36,7 +36,7 @@ def test_a_chat_is_asked_up_to_its_last_answer_and_keeps_its_columns(tmp_path: P
     prompts = PromptSet(prepare_prompts(run(tmp_path), "train"), seed=3, shuffle=False)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer.decode(prompts.prompt(2).tokens) == "<|im_start|>user\ntwo and 2<|im_end|>\n<|im_start|>assistant\n"
-    assert prompts.prompt(2).row == CHATS[2] and prompts.prompt(9).key == "1-2"
+    assert prompts.prompt(2).row == CHATS[2] | {"asked": CHATS[2]["messages"][:1]} and prompts.prompt(9).key == "1-2"
 
 
 def test_instructions_need_no_output_and_texts_are_asked_as_they_are(tmp_path: Path) -> None:

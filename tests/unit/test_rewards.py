@@ -211,7 +211,8 @@ def test_the_names_are_those_of_the_package() -> None:
     [
         (
             ["reward.functions.r.function=answers"],
-            "reward.functions.r.function = 'answers': is not the name of a ready reward. Use one of exact, format, gsm8k, length, math, or",
+            "reward.functions.r.function = 'answers': is not the name of a ready reward. "
+            "Use one of code, exact, format, gsm8k, length, math, reasoning_gym, or",
         ),
         (["reward.functions.r.function=exact", "reward.functions.r.batch=true"], "reward.functions.r.batch = True: gives all answers"),
     ],

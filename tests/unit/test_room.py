@@ -48,6 +48,13 @@ def test_a_full_card_is_one_sentence_with_parts_and_a_setting_that_fits(cfg: Sft
     assert "\n" not in said
 
 
+def test_a_full_card_of_an_online_run_is_explained_in_its_own_fields(cfg: SftRun) -> None:
+    base = ["method=grpo", "run.name=x", f"model.path={cfg.model.path}", "data.train.a.path=x", "reward.functions.r.function=exact"]
+    online = load([], [*base, "batch.micro_tokens=65536", "algorithm.beta=0.1"])
+    said = str(room.explain(online, "memory of cuda:0", "full", 40 * GIB, "CUDA out of memory"))
+    assert "reference" in said and ". Set batch.micro_tokens=2048, with the same result" in said
+
+
 def test_other_errors_pass(cfg: SftRun) -> None:
     with pytest.raises(RuntimeError, match=r"^not a card$"), room.explained(cfg, session("cpu")):
         raise RuntimeError("not a card")

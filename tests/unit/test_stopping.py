@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayft.train.stopping import Best, best_of
+from rayft.train.stopping import GOALS, Best, best_of
 
 
 def records(*losses: float) -> list[dict[str, float]]:
@@ -31,17 +31,20 @@ def records(*losses: float) -> list[dict[str, float]]:
     ],
 )
 def test_written_out(losses: tuple[float, ...], min_delta: float, best: Best) -> None:
-    assert best_of(records(*losses), min_delta) == best
+    assert best_of(records(*losses), GOALS["sft"], min_delta) == best
+    rewards = [{"step": record["step"], "eval/reward": -record["eval/loss"]} for record in records(*losses) if "eval/loss" in record]
+    assert best_of(rewards, GOALS["grpo"], min_delta) == best, "the highest reward is the best"
 
 
 @given(st.lists(st.floats(0, 10) | st.just(math.nan), max_size=12), st.floats(0, 1))
 def test_a_restart_changes_nothing(losses: list[float], min_delta: float) -> None:
     """The log of a run that was cut back and went on is that of one without a stop, and so is what follows from it."""
-    whole = best_of(records(*losses), min_delta)
+    goal = GOALS["sft"]
+    whole = best_of(records(*losses), goal, min_delta)
     for cut in range(len(losses) + 1):
-        again = best_of(records(*losses[:cut]), min_delta)
+        again = best_of(records(*losses[:cut]), goal, min_delta)
         for number, loss in enumerate(losses[cut:], cut + 1):
             again = again.after(10 * number, loss, min_delta)
         assert again == whole
     finite = [(loss, 10 * number) for number, loss in enumerate(losses, 1) if not math.isnan(loss)]
-    assert (whole.loss, whole.step) == (min(finite) if finite else (math.inf, 0))
+    assert (whole.cost, whole.step) == (min(finite) if finite else (math.inf, 0))

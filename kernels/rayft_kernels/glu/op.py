@@ -3,18 +3,23 @@
     dgate = dh up act'(gate),    dup = dh act(gate)
 
 Everything is computed in float32 (float64 for float64 tensors) and rounded once; transformers rounds act(gate) as well. Only gate and
-up are kept for the backward, which computes the activation anew. Nothing is written in place. The ops are opaque to torch.compile;
-CUDA runs Triton, everything else (and float64) the torch bodies below. A gradient has no gradient of its own.
+up are kept for the backward, which computes the activation anew. Nothing is written in place. The ops are opaque to torch.compile; where
+nobody looks on, autograd functions call the same bodies. CUDA runs Triton, everything else (and float64) the torch bodies below. A
+gradient has no gradient of its own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rayft_kernels.direct import unobserved
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 """x sigmoid(x); GELU by tanh, transformers' gelu_pytorch_tanh (Gemma); GELU by the error function."""
@@ -37,7 +42,7 @@ def glu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     _check(activation)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate is {gate.dtype} {tuple(gate.shape)}, up {up.dtype} {tuple(up.shape)}: they must be alike.")
-    out: Tensor = _glu(gate, up, activation)
+    out: Tensor = (_Glu.apply if unobserved(gate, up) else _glu)(gate, up, activation)
     return out
 
 
@@ -50,7 +55,7 @@ def glu_packed(gate_up: Tensor, activation: str = "silu") -> Tensor:
     _check(activation)
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up has {gate_up.shape[-1]} columns: gate and up must have half of an even number each.")
-    out: Tensor = _glu_packed(gate_up, activation)
+    out: Tensor = (_GluPacked.apply if unobserved(gate_up) else _glu_packed)(gate_up, activation)
     return out
 
 
@@ -97,26 +102,63 @@ def _factor(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return s, s * (1 - s) * c * (1 + 3 * 0.044715 * g**2)
 
 
-def _operator(name: str, torch_body: Callable[..., Any], triton_body: str) -> Any:
-    """An operator with a torch body for every device and, on CUDA, the function `triton_body` of the Triton module."""
-
-    def on_cuda(*args: Any) -> Any:
-        if args[0].dtype == torch.float64:
-            return torch_body(*args)
-        from rayft_kernels.glu import triton
-
-        with torch.cuda.device(args[0].device):
-            return getattr(triton, triton_body)(*args)
-
-    operator = torch.library.custom_op(f"rayft_kernels::{name}", torch_body, mutates_args=())
-    operator.register_kernel("cuda", on_cuda)
-    return operator
+def _bodies(x: Tensor) -> dict[str, Callable[..., Any]]:
+    """Operator -> its body for tensors like x."""
+    return TORCH_BODIES if not x.is_cuda or x.dtype == torch.float64 else _cuda_bodies()
 
 
-_glu = _operator("glu", _torch_glu, "forward")
-_glu_backward = _operator("glu_backward", _torch_glu_backward, "backward")
-_glu_packed = _operator("glu_packed", _torch_glu_packed, "forward_packed")
-_glu_packed_backward = _operator("glu_packed_backward", _torch_glu_packed_backward, "backward_packed")
+@cache
+def _cuda_bodies() -> dict[str, Callable[..., Any]]:
+    from rayft_kernels.glu import triton
+
+    def on_its_device(body: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with torch.cuda.device(args[0].device):
+                return body(*args)
+
+        return run
+
+    bodies: dict[str, Callable[..., Any]] = {
+        "glu": triton.forward,
+        "glu_backward": triton.backward,
+        "glu_packed": triton.forward_packed,
+        "glu_packed_backward": triton.backward_packed,
+    }
+    return {name: on_its_device(body) for name, body in bodies.items()}
+
+
+TORCH_BODIES: dict[str, Callable[..., Any]] = {
+    "glu": _torch_glu,
+    "glu_backward": _torch_glu_backward,
+    "glu_packed": _torch_glu_packed,
+    "glu_packed_backward": _torch_glu_packed_backward,
+}
+
+
+def _forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    out: Tensor = _bodies(gate)["glu"](gate, up, activation)
+    return out
+
+
+def _backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor] = _bodies(gate)["glu_backward"](grad, gate, up, activation)
+    return grads
+
+
+def _forward_packed(gate_up: Tensor, activation: str) -> Tensor:
+    out: Tensor = _bodies(gate_up)["glu_packed"](gate_up, activation)
+    return out
+
+
+def _backward_packed(grad: Tensor, gate_up: Tensor, activation: str) -> Tensor:
+    grad_gate_up: Tensor = _bodies(gate_up)["glu_packed_backward"](grad, gate_up, activation)
+    return grad_gate_up
+
+
+_glu = torch.library.custom_op("rayft_kernels::glu", _forward, mutates_args=())
+_glu_backward = torch.library.custom_op("rayft_kernels::glu_backward", _backward, mutates_args=())
+_glu_packed = torch.library.custom_op("rayft_kernels::glu_packed", _forward_packed, mutates_args=())
+_glu_packed_backward = torch.library.custom_op("rayft_kernels::glu_packed_backward", _backward_packed, mutates_args=())
 
 
 @_glu.register_fake
@@ -144,13 +186,43 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_glu_backward(grad, *ctx.saved_tensors, ctx.activation), None)
+def _differentiate(backward: Callable[..., tuple[Tensor, Tensor]], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*backward(grad, *ctx.saved_tensors, ctx.activation), None)
 
 
-def _differentiate_packed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _glu_packed_backward(grad, *ctx.saved_tensors, ctx.activation), None
+def _differentiate_packed(backward: Callable[..., Tensor], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return backward(grad, *ctx.saved_tensors, ctx.activation), None
 
 
-_glu.register_autograd(_differentiate, setup_context=_save)
-_glu_packed.register_autograd(_differentiate_packed, setup_context=_save)
+_glu.register_autograd(partial(_differentiate, _glu_backward), setup_context=_save)
+_glu_packed.register_autograd(partial(_differentiate_packed, _glu_packed_backward), setup_context=_save)
+
+
+class _Glu(torch.autograd.Function):
+    """The operator without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        out = _forward(gate, up, activation)
+        _save(ctx, (gate, up, activation), out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _differentiate(_backward, ctx, *grads)
+
+
+class _GluPacked(torch.autograd.Function):
+    """The operator without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, activation: str) -> Tensor:
+        out = _forward_packed(gate_up, activation)
+        _save(ctx, (gate_up, activation), out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _differentiate_packed(_backward_packed, ctx, *grads)

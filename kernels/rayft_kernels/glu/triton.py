@@ -28,6 +28,9 @@ class Block:
     warps: int = 8
 
 
+BLOCK = Block()
+
+
 @triton.jit
 def _gate(g, ACT: tl.constexpr):
     """(s, s') of float32 g."""
@@ -90,11 +93,11 @@ def _rows(*tensors: Tensor) -> list[Tensor]:
 
 def forward(gate: Tensor, up: Tensor, activation: str, block: Block | None = None) -> Tensor:
     """act(gate) * up, contiguous; both [..., I] of one type, rows apart by any stride."""
-    block = block or Block()
+    block = block or BLOCK
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     g, u = _rows(gate, up)
     if out.numel():
-        _forward[(g.shape[0] * triton.cdiv(g.shape[1], block.elements),)](
+        _forward[(g.shape[0] * -(-g.shape[1] // block.elements),)](
             *(g, u, out, g.shape[1], g.stride(0), u.stride(0)),
             ACT=ACTIVATIONS[activation], BLOCK=block.elements, num_warps=block.warps,
         )  # fmt: skip
@@ -110,14 +113,14 @@ def forward_packed(gate_up: Tensor, activation: str) -> Tensor:
 def backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str, block: Block | None = None) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up, contiguous, from that of the product; all [..., I], rows apart by any stride."""
     d_gate, d_up = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
-    _backward_into(_rows(grad, gate, up, d_gate, d_up), activation, block or Block())
+    _backward_into(_rows(grad, gate, up, d_gate, d_up), activation, block or BLOCK)
     return d_gate, d_up
 
 
 def backward_packed(grad: Tensor, gate_up: Tensor, activation: str, block: Block | None = None) -> Tensor:
     """Gradient of gate and up side by side, [..., 2 I] contiguous like the projection that they come from."""
     out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-    _backward_into(_rows(grad, *gate_up.chunk(2, -1), *out.chunk(2, -1)), activation, block or Block())
+    _backward_into(_rows(grad, *gate_up.chunk(2, -1), *out.chunk(2, -1)), activation, block or BLOCK)
     return out
 
 
@@ -125,7 +128,7 @@ def _backward_into(tensors: list[Tensor], activation: str, block: Block) -> None
     grad, gate, up, d_gate, _ = tensors
     rows, cols = gate.shape
     if grad.numel():
-        _backward[(rows * triton.cdiv(cols, block.elements),)](
+        _backward[(rows * -(-cols // block.elements),)](
             *tensors, cols, grad.stride(0), gate.stride(0), up.stride(0), d_gate.stride(0),
             ACT=ACTIVATIONS[activation], BLOCK=block.elements, num_warps=block.warps,
         )  # fmt: skip

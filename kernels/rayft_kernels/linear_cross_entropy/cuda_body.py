@@ -24,17 +24,18 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 def weighted_nll(
     hidden: Tensor, head: Head, targets: Tensor, loss_weights: Tensor, smoothing: float, z_loss: float, needs: Sequence[bool], lean: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The weighted sum and the gradients asked for; that of the head is a float32 sum, or rounded already if lean."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The weighted sum, each row's part, and the gradients asked for; that of the head is a float32 sum, or rounded already if lean."""
     vocab, weights = head.weight.shape[0], loss_weights.float()
     if any(needs) and not (lean and needs[1]):
         return _in_one_pass(hidden, head, targets, weights, smoothing, z_loss, needs, LEAN_BYTES if lean else FAST_BYTES)
     stats = _row_statistics(hidden, head, targets, hidden.dtype, LEAN_BYTES if lean else FAST_BYTES)
-    total = (weights * _nll(stats, smoothing, z_loss)).sum()
+    losses = weights * _nll(stats, smoothing, z_loss)
+    total = losses.sum()
     if not any(needs):
-        return total, None, None, None
+        return total, losses, None, None, None
     coefs = _nll_coefs(stats, weights, smoothing, z_loss, vocab)
-    return total, *_gradients_by_column(hidden, head, targets, coefs, needs, hidden.dtype, LEAN_BYTES)
+    return total, losses, *_gradients_by_column(hidden, head, targets, coefs, needs, hidden.dtype, LEAN_BYTES)
 
 
 def token_terms(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +68,7 @@ def _in_one_pass(
     z_loss: float,
     needs: Sequence[bool],
     budget: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     (num_rows, width), vocab = hidden.shape, head.weight.shape[0]
     step = row_chunk(num_rows, width, vocab, budget, hidden.dtype)
     buffer = hidden.new_empty(min(step, num_rows), padded(vocab))
@@ -102,7 +103,7 @@ def _in_one_pass(
             _mm(logits.t(), states, of_weight, add=start > 0)
         if of_bias is not None:
             of_bias += logits.sum(0, dtype=torch.float32)
-    return losses.sum(), of_hidden, of_weight, of_bias
+    return losses.sum(), losses, of_hidden, of_weight, of_bias
 
 
 def _sums(hidden: Tensor, head: Head, needs: Sequence[bool]) -> Gradients:

@@ -33,7 +33,7 @@ from rayft_kernels.linear_cross_entropy import torch_body
 from rayft_kernels.linear_cross_entropy.chunks import Head, chunk_rows, weighted_nll_bytes
 from rayft_kernels.linear_cross_entropy.scaling import scale_, scaled
 
-__all__ = ["chunk_rows", "token_logprobs", "weighted_nll_bytes", "weighted_nll_sum"]
+__all__ = ["chunk_rows", "token_logprobs", "weighted_nll_bytes", "weighted_nll_rows", "weighted_nll_sum"]
 
 
 def weighted_nll_sum(
@@ -49,7 +49,35 @@ def weighted_nll_sum(
     z_loss: float = 0.0,
     lean: bool = False,
 ) -> Tensor:
-    """Sum over rows of the weighted negative log-likelihood; gradients are made in the forward.
+    """Sum over rows of the weighted negative log-likelihood; see `weighted_nll_rows`."""
+    return weighted_nll_rows(
+        hidden,
+        weight,
+        targets,
+        loss_weights,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        lean=lean,
+    )[0]
+
+
+def weighted_nll_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss_weights: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    lean: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Sum over rows of the weighted negative log-likelihood, and each row's part of it; gradients are made in the forward.
 
     The gradients are scaled in place when the backward runs, so it runs once per forward.
 
@@ -63,14 +91,14 @@ def weighted_nll_sum(
         lean: on CUDA, spend a fourth matrix product where the head is trained to hold no float32 copy of its gradient.
 
     Returns:
-        float32 scalar (float64 for float64 inputs).
+        (sum, parts), a float32 scalar and float32 [M] (float64 for float64 inputs); the parts have no gradient.
     """
     with _without_autocast(hidden, weight, bias) as (hidden, weight, bias):
         grad = torch.is_grad_enabled()
         needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
         options = (softcap, float(logit_scale), float(label_smoothing), float(z_loss), needs, lean)
-        total: Tensor = _weighted_nll(hidden, weight, targets, loss_weights, bias, *options)[0]
-    return total
+        total, rows, *_ = _weighted_nll(hidden, weight, targets, loss_weights, bias, *options)
+    return total, rows
 
 
 def token_logprobs(
@@ -130,11 +158,11 @@ def _weighted_nll(
     z_loss: float,
     needs: Sequence[bool],
     lean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum and its gradients by hidden, weight and bias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The sum, each row's part, and the sum's gradients by hidden, weight and bias."""
     head = Head(weight, bias, softcap, scale)
-    total, *grads = torch_body.weighted_nll(hidden, head, targets, loss_weights, smoothing, z_loss, needs)
-    return _filled(hidden, total, *grads)  # type: ignore[return-value]
+    total, rows, *grads = torch_body.weighted_nll(hidden, head, targets, loss_weights, smoothing, z_loss, needs)
+    return _filled(hidden, total, rows, *grads)  # type: ignore[return-value]
 
 
 @_weighted_nll.register_kernel("cuda")
@@ -163,6 +191,7 @@ def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     rounded = weight.dtype if lean and hidden.is_cuda and hidden.dtype != torch.float64 else wide
     return (
         hidden.new_empty((), dtype=wide),
+        hidden.new_empty(hidden.shape[0], dtype=wide),
         hidden.new_empty(hidden.shape if needs[0] else 0),
         weight.new_empty(weight.shape, dtype=rounded) if needs[1] else hidden.new_empty(0),
         weight.new_empty(weight.shape[0], dtype=wide) if needs[2] else hidden.new_empty(0),
@@ -174,7 +203,7 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.types = (weight.dtype, None if bias is None else bias.dtype)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[2:])
 
 
 def _scale_gradients(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

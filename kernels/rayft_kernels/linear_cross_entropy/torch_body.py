@@ -16,9 +16,10 @@ from rayft_kernels.linear_cross_entropy.chunks import Head, chunk_rows
 
 def weighted_nll(
     hidden: Tensor, head: Head, targets: Tensor, loss_weights: Tensor, smoothing: float, z_loss: float, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The weighted sum and the gradients asked for in `needs` (hidden, weight, bias); those of weight and bias are sums, not rounded."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The weighted sum, each row's part, and the gradients in `needs` (hidden, weight, bias); the last two are sums, not rounded."""
     grads = HeadGradients(hidden, head, needs)
+    losses = hidden.new_empty(hidden.shape[0], dtype=wide(hidden))
     total = hidden.new_zeros((), dtype=wide(hidden))
     vocab = head.weight.shape[0]
     for rows in _chunks(hidden, head):
@@ -28,14 +29,15 @@ def weighted_nll(
         nll = (1 - smoothing) * (lse - z.gather(-1, target)[:, 0])
         if smoothing:
             nll += smoothing * (lse - z.mean(-1))
-        total += (w * (nll + z_loss * lse.square())).sum()
+        losses[rows] = w * (nll + z_loss * lse.square())
+        total += losses[rows].sum()
         if any(needs):
             grad = z.sub_(lse[:, None]).exp_().mul_((w * (1 + 2 * z_loss * lse))[:, None])
             grad.scatter_add_(-1, target, (-(1 - smoothing) * w)[:, None])
             if smoothing:
                 grad -= (smoothing / vocab * w)[:, None]
             grads.add(rows, _to_raw(grad, tanh, head.scale))
-    return total, grads.of_hidden, grads.of_weight, grads.of_bias
+    return total, losses, grads.of_hidden, grads.of_weight, grads.of_bias
 
 
 def token_terms(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rayft_kernels.lora.triton import HAS_TRITON, SUPPORTED, dropout_kernel
+from rayft_kernels.direct import unobserved
+from rayft_kernels.lora.triton import HAS_TRITON, SUPPORTED, dropout_body, dropout_kernel
 
 _GOLDEN = 0x9E3779B1
 _MASK = 0xFFFFFFFF
@@ -25,7 +26,7 @@ def token_dropout(x: Tensor, keys: Tensor, seed: int, p: float) -> Tensor:
         p: share that is dropped, in [0, 1).
     """
     if HAS_TRITON and x.is_cuda and x.dtype in SUPPORTED:
-        dropped: Tensor = dropout_kernel(x, keys, seed, p)
+        dropped: Tensor = (dropout_body if unobserved(x, keys) else dropout_kernel)(x, keys, seed, p)
         return dropped
     features = _mix(torch.arange(x.shape[-1], device=x.device, dtype=torch.int64) * _GOLDEN + seed)
     keep = _mix(keys[:, None] ^ features[None, :]) >= int(p * 2**32)

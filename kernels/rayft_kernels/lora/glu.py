@@ -11,8 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rayft_kernels.direct import unobserved
 from rayft_kernels.glu.op import _factor
-from rayft_kernels.lora.triton import HAS_TRITON, SUPPORTED, glu_backward_kernel, glu_forward_kernel, padded
+from rayft_kernels.lora.triton import (
+    HAS_TRITON,
+    SUPPORTED,
+    glu_backward_body,
+    glu_backward_kernel,
+    glu_forward_body,
+    glu_forward_kernel,
+    padded,
+)
 
 
 class Fold(NamedTuple):
@@ -35,7 +44,8 @@ def glu_forward(gate: Tensor, up: Tensor, folds: Sequence[Fold | None], activati
         e, u = _completed(gate, folds[0]), _completed(up, folds[1])
         return (e * _factor(e, activation)[0] * u).to(gate.dtype)
     of_gate, of_up = folds
-    h: Tensor = glu_forward_kernel(gate, up, *_arguments(of_gate, gate), *_arguments(of_up, gate), activation)
+    run = glu_forward_body if unobserved(gate, up) else glu_forward_kernel
+    h: Tensor = run(gate, up, *_arguments(of_gate, gate), *_arguments(of_up, gate), activation)
     return h
 
 
@@ -53,7 +63,8 @@ def glu_backward(
         return _backward_reference(dh, gate, up, folds, activation)
     g, u, d = folds
     low_d, wide_d, _ = _arguments(d, dh)
-    du, sums = glu_backward_kernel(dh, gate, up, *_arguments(g, dh), *_arguments(u, dh), low_d, wide_d, activation)
+    run = glu_backward_body if unobserved(dh, gate, up) else glu_backward_kernel
+    du, sums = run(dh, gate, up, *_arguments(g, dh), *_arguments(u, dh), low_d, wide_d, activation)
     pieces = iter(sums.split([padded(fold.low.shape[1]) for fold in folds if fold is not None]))
     return dh, du, [None if fold is None else next(pieces)[: fold.low.shape[1]] for fold in folds]
 

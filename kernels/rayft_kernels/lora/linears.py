@@ -9,38 +9,40 @@ B are summed in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from rayft_kernels.lora.dropout import token_dropout
+from rayft_kernels.nf4.op import NF4, dequantise
 
-SLOTS = ("weight", "bias", "a", "b", "magnitude", "lora_bias", "drop")
+SLOTS = ("weight", "bias", "a", "b", "magnitude", "lora_bias", "drop", "scales", "outer")
 """The tensors of a projection in the order in which autograd nodes take them."""
 
 
 class Static(NamedTuple):
-    """What is constant of a projection: the adapter's scale, seed and share of its dropout, the function that makes its weight."""
+    """What is constant of a projection: the adapter's scale, seed and share of its dropout."""
 
     scale: float
     seed: int
     p: float
-    make_weight: Callable[[], Tensor] | None
 
 
 class Part(NamedTuple):
-    """One projection inside a node: the constants, and the tensors of SLOTS."""
+    """One projection inside a node: the constants, and the tensors of SLOTS; with `scales` and `outer` its weight is the codes of NF4."""
 
     static: Static
-    weight: Tensor | None
+    weight: Tensor
     bias: Tensor | None
     a: Tensor | None
     b: Tensor | None
     magnitude: Tensor | None
     lora_bias: Tensor | None
     drop: Tensor | None
+    scales: Tensor | None
+    outer: Tensor | None
 
 
 class Saved(NamedTuple):
@@ -52,7 +54,7 @@ class Saved(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients in the order of SLOTS; those of the weight and the dropout are always None."""
+    """Gradients in the order of SLOTS; those of the frozen weight and the dropout are always None."""
 
     weight: None = None
     bias: Tensor | None = None
@@ -61,6 +63,8 @@ class Grads(NamedTuple):
     magnitude: Tensor | None = None
     lora_bias: Tensor | None = None
     drop: None = None
+    scales: None = None
+    outer: None = None
 
 
 Needs = tuple[bool, ...]
@@ -70,7 +74,7 @@ Needs = tuple[bool, ...]
 def parts_of(statics: Sequence[Static], tensors: Sequence[Tensor | None]) -> list[Part]:
     """The projections from their flat tensors."""
     width = len(SLOTS)
-    return [Part(static, *tensors[width * i : width * (i + 1)]) for i, static in enumerate(statics)]
+    return [Part(static, *cast(Any, tensors[width * i : width * (i + 1)])) for i, static in enumerate(statics)]
 
 
 def needs_of(flags: Sequence[bool]) -> list[Needs]:
@@ -78,12 +82,11 @@ def needs_of(flags: Sequence[bool]) -> list[Needs]:
     return [tuple(flags[i : i + len(SLOTS)]) for i in range(0, len(flags), len(SLOTS))]
 
 
-def weight_of(part: Part) -> Tensor:
-    """The weight [out, in], made where it is not kept."""
-    made = part.static.make_weight
-    weight = made() if made is not None else part.weight
-    assert weight is not None
-    return weight
+def dense(parts: Sequence[Part], dtype: torch.dtype) -> list[Part]:
+    """The projections with their weights [out, in] in `dtype` where these are held in 4 bits, all made by one kernel."""
+    packed = [NF4(part.weight, part.scales, part.outer) for part in parts if part.scales is not None and part.outer is not None]
+    made = iter(dequantise(packed, dtype) if packed else ())
+    return [part if part.scales is None else part._replace(weight=next(made), scales=None, outer=None) for part in parts]
 
 
 def dropped(x: Tensor, part: Part) -> Tensor:
@@ -104,7 +107,7 @@ def lows_of(x: Tensor, parts: Sequence[Part]) -> list[Tensor | None]:
 
 def base(x: Tensor, part: Part) -> Tensor:
     """x W^T and the constants, without the low-rank product."""
-    constant, weight = constant_of(part, x.dtype), weight_of(part)
+    constant, weight = constant_of(part, x.dtype), part.weight
     return x @ weight.t() if constant is None else torch.addmm(constant, x, weight.t())
 
 
@@ -126,7 +129,7 @@ def output(x: Tensor, part: Part, low: Tensor | None) -> tuple[Tensor, Saved]:
         return _dora(x, part, low)
     constant = constant_of(part, x.dtype)
     out = low @ b.t() if constant is None else torch.addmm(constant, low, b.t(), alpha=scale)
-    return accumulated(out, x, weight_of(part).t(), beta=scale if constant is None else 1.0), Saved(low)
+    return accumulated(out, x, part.weight.t(), beta=scale if constant is None else 1.0), Saved(low)
 
 
 def accumulated(total: Tensor, left: Tensor, right: Tensor, beta: float = 1.0) -> Tensor:
@@ -139,7 +142,7 @@ def accumulated(total: Tensor, left: Tensor, right: Tensor, beta: float = 1.0) -
 def _dora(x: Tensor, part: Part, low: Tensor) -> tuple[Tensor, Saved]:
     """gain (W x_d + s low B^T) + bias; with dropout the part of W x that was not dropped stays outside the gain, as in peft."""
     assert part.a is not None and part.b is not None and part.magnitude is not None
-    weight, b = weight_of(part), part.b.to(x.dtype)
+    weight, b = part.weight, part.b.to(x.dtype)
     norm = row_norms(weight, part.a, part.b, part.static.scale)
     combined = accumulated(low @ b.t(), dropped(x, part), weight.t(), beta=part.static.scale)
     out = combined * (part.magnitude / norm).to(x.dtype)
@@ -199,7 +202,7 @@ def through_gain(grad: Tensor, part: Part, saved: Saved) -> Tensor:
 
 def side_gradients(grad: Tensor, gained: Tensor, part: Part, saved: Saved, needs: Needs) -> Grads:
     """Gradients of all that is small but A. The norm, not the magnitude, divides the magnitude's: a magnitude of 0 gives no NaN."""
-    _, want_bias, _, want_b, want_magnitude, want_lora_bias, _ = needs
+    _, want_bias, _, want_b, want_magnitude, want_lora_bias, *_ = needs
     found: dict[str, Any] = {}
     if want_bias and part.bias is not None:
         found["bias"] = sum_tokens(grad, part.bias.dtype)
@@ -248,7 +251,7 @@ def _gradient_of_x(parts: Sequence[Part], grads: Sequence[Tensor], gained: Seque
     shared = [(t, a.to(t.dtype)) for t, a in adapted if t is not None and a is not None]
     total = _stack([t for t, _ in shared], dim=1) @ _stack([a for _, a in shared]) if shared else None
     for grad, through, part, t in zip(grads, gained, parts, inners, strict=True):
-        weight = weight_of(part)
+        weight = part.weight
         if part.drop is not None and t is not None and part.a is not None:
             low = t @ part.a.to(t.dtype)
             low = dropped(low if part.magnitude is None else low.addmm_(through - grad, weight), part)
@@ -265,7 +268,7 @@ def _stack(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, statics: tuple[Static, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        parts = parts_of(statics, tensors)
+        parts = dense(parts_of(statics, tensors), x.dtype)
         done = [output(x, part, low) for part, low in zip(parts, lows_of(x, parts), strict=True)]
         ctx.statics = statics
         ctx.save_for_backward(x, *tensors, *(tensor for _, saved in done for tensor in saved))
@@ -275,7 +278,7 @@ class _Linears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
         count = len(ctx.statics)
-        parts = parts_of(ctx.statics, rest[: count * len(SLOTS)])
+        parts = dense(parts_of(ctx.statics, rest[: count * len(SLOTS)]), x.dtype)
         kept = rest[count * len(SLOTS) :]
         saved = [Saved(*kept[3 * i : 3 * i + 3]) for i in range(count)]
         need_x, _, *flags = ctx.needs_input_grad

@@ -18,13 +18,13 @@ from rayft_kernels.lora.linears import (
     Static,
     backward,
     base,
+    dense,
     inner,
     lows_of,
     needs_of,
     output,
     parts_of,
     side_gradients,
-    weight_of,
 )
 from rayft_kernels.lora.triton import MAX_RANK
 
@@ -51,7 +51,7 @@ def _down_backward(
     """Gradient of h, the fold that completes it, and the gradients of down's tensors; that of a folded A comes later."""
     if _folds(down) and down.drop is None and down.a is not None:
         t = inner(dy, down)
-        return dy @ weight_of(down), Fold(t, down.a.t(), 1.0), side_gradients(dy, dy, down, saved, needs)
+        return dy @ down.weight, Fold(t, down.a.t(), 1.0), side_gradients(dy, dy, down, saved, needs)
     h = h_of[0] if down.a is None else glu_forward(*h_of)  # only an adapter's gradient reads it
     dh, (found,) = backward(h, [down], [saved], [dy], [needs], need_x=True)
     assert dh is not None
@@ -61,7 +61,7 @@ def _down_backward(
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, activation: str, statics: tuple[Static, ...], *tensors: Tensor | None) -> Tensor:
-        gate, up, down = parts_of(statics, tensors)
+        gate, up, down = dense(parts_of(statics, tensors), x.dtype)
         low_gate, low_up = lows_of(x, [gate, up])
         (e, saved_gate), (u, saved_up) = _first(x, gate, low_gate), _first(x, up, low_up)
         h = glu_forward(e, u, [_fold_of(gate, saved_gate), _fold_of(up, saved_up)], activation)
@@ -74,7 +74,7 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, e, u, *rest = ctx.saved_tensors
         width = 3 * len(SLOTS)
-        parts = gate, up, down = parts_of(ctx.statics, rest[:width])
+        parts = gate, up, down = dense(parts_of(ctx.statics, rest[:width]), x.dtype)
         saved = [Saved(*rest[width + 3 * i : width + 3 * i + 3]) for i in range(3)]
         need_x, _, _, *flags = ctx.needs_input_grad
         needs = needs_of(flags)

@@ -13,7 +13,8 @@ over tokens of their gradients happen inside the activation's kernels (`glu.py`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from rayft_kernels.lora.linears import SLOTS, Static, linears
 from rayft_kernels.lora.mlp import mlp
+from rayft_kernels.nf4.op import NF4
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 """SwiGLU, GeGLU with the tanh approximation, GeGLU with erf."""
@@ -44,7 +46,7 @@ class Projection(NamedTuple):
     """One linear layer, with or without an adapter.
 
     Attributes:
-        weight: [out, in], frozen; or a function that makes it, called once in the forward and once in the backward (4-bit weights).
+        weight: [out, in], frozen; or in 4 bits, then it is made in the input's type inside of the forward and again of the backward.
         bias: [out] or None; may be trained.
         a, b: [r, in] and [out, r], or None for both.
         scale: alpha / r, or alpha / sqrt(r).
@@ -53,7 +55,7 @@ class Projection(NamedTuple):
         dropout: on the adapter's input: a mask of the input's shape with values 0 and 1 / (1 - p), or a TokenDropout.
     """
 
-    weight: Tensor | Callable[[], Tensor]
+    weight: Tensor | NF4
     bias: Tensor | None = None
     a: Tensor | None = None
     b: Tensor | None = None
@@ -77,7 +79,7 @@ def lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, 
         ValueError: a weight wants a gradient, or a projection's parts do not belong together.
     """
     x, statics, tensors = _flatten(x, projections)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         outs = linears(x.reshape(-1, x.shape[-1]), statics, tensors)
     return tuple(out.reshape(*x.shape[:-1], out.shape[-1]) for out in outs)
 
@@ -104,9 +106,14 @@ def lora_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection, acti
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation = {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
     x, statics, tensors = _flatten(x, (gate, up, down))
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         out = mlp(x.reshape(-1, x.shape[-1]), activation, statics, tensors)
     return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _without_autocast(kind: str) -> AbstractContextManager[object]:
+    """Autocast off, so that it leaves the products inside alone. Turning it off where it is not on would cost as much as a launch."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _flatten(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, tuple[Static, ...], list[Tensor | None]]:
@@ -116,11 +123,11 @@ def _flatten(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, tupl
     tensors: list[Tensor | None] = []
     for one in projections:
         _check(one)
-        made = one.weight if callable(one.weight) else None
         drop, seed, p = _dropout_parts(one.dropout)
-        statics.append(Static(float(one.scale), seed, p, made))
-        parts: dict[str, Any] = {**one._asdict(), "weight": None if made else one.weight, "drop": drop}
-        tensors += [_to(parts[name], low) for name in SLOTS]
+        statics.append(Static(float(one.scale), seed, p))
+        codes, scales, outer = one.weight if isinstance(one.weight, NF4) else (_to(one.weight, low), None, None)
+        small = {**one._asdict(), "drop": drop}
+        tensors += [codes, *(_to(small[name], low) for name in SLOTS[1:-2]), scales, outer]
     return _to(x, low), tuple(statics), tensors
 
 

@@ -156,8 +156,7 @@ def _factor(low: Tensor | None, wide: Tensor | None, spare: Tensor) -> tuple[Ten
     return low, wide, low.stride(0), wide.stride(0), wide.stride(1), rank, padded(rank)
 
 
-@torch.library.custom_op("rayft_kernels::lora_glu_forward", mutates_args=())
-def glu_forward_kernel(
+def glu_forward_body(
     gate: Tensor,
     up: Tensor,
     low_g: Tensor | None,
@@ -174,13 +173,16 @@ def glu_forward_kernel(
     lg, wg, stride_lg, wg_c, wg_r, rg, pg = _factor(low_g, wide_g, gate)
     lu, wu, stride_lu, wu_c, wu_r, ru, pu = _factor(low_u, wide_u, gate)
     rows, columns, warps = FORWARD_TILE
-    grid = (triton.cdiv(width, columns), triton.cdiv(tokens, rows))
+    grid = (-(-width // columns), -(-tokens // rows))
     if tokens:
         _glu_forward[grid](
             gate, up, out, lg, wg, lu, wu, stride_lg, stride_lu, wg_c, wg_r, wu_c, wu_r, tokens, width,
             RG=rg, PG=pg, SG=scale_g, RU=ru, PU=pu, SU=scale_u, KIND=ACTIVATION_NUMBER[activation], BT=rows, BI=columns, num_warps=warps,
         )  # fmt: skip
     return out
+
+
+glu_forward_kernel = torch.library.custom_op("rayft_kernels::lora_glu_forward", glu_forward_body, mutates_args=())
 
 
 @glu_forward_kernel.register_fake
@@ -198,8 +200,7 @@ def _(
     return torch.empty_like(gate)
 
 
-@torch.library.custom_op("rayft_kernels::lora_glu_backward", mutates_args=("dh",))
-def glu_backward_kernel(
+def glu_backward_body(
     dh: Tensor,
     gate: Tensor,
     up: Tensor,
@@ -222,16 +223,19 @@ def glu_backward_kernel(
     ld, wd, stride_ld, wd_c, wd_r, rd, pd = _factor(low_d, wide_d, gate)
     rows, columns, warps = BACKWARD_TILE
     rows = rows if max(pg, pu, pd) <= 16 else rows // 2  # the sums of larger ranks need the registers
-    shares = triton.cdiv(tokens, SHARE_TOKENS)
+    shares = -(-tokens // SHARE_TOKENS)
     sums = torch.empty(shares, pg + pu + pd, width, dtype=torch.float32, device=dh.device)
     if tokens:
-        _glu_backward[(triton.cdiv(width, columns), shares)](
+        _glu_backward[(-(-width // columns), shares)](
             dh, gate, up, du, sums, lg, wg, lu, wu, ld, wd, stride_lg, stride_lu, stride_ld,
             wg_c, wg_r, wu_c, wu_r, wd_c, wd_r, tokens, width,
             RG=rg, PG=pg, SG=scale_g, RU=ru, PU=pu, SU=scale_u, RD=rd, PD=pd,
             KIND=ACTIVATION_NUMBER[activation], SHARE=SHARE_TOKENS, BT=rows, BI=columns, num_warps=warps, maxnreg=BACKWARD_REGISTERS,
         )  # fmt: skip
     return du, sums.sum(0)
+
+
+glu_backward_kernel = torch.library.custom_op("rayft_kernels::lora_glu_backward", glu_backward_body, mutates_args=("dh",))
 
 
 @glu_backward_kernel.register_fake
@@ -253,16 +257,18 @@ def _(
     return torch.empty_like(dh), dh.new_empty((rows, dh.shape[1]), dtype=torch.float32)
 
 
-@torch.library.custom_op("rayft_kernels::token_dropout", mutates_args=())
-def dropout_kernel(x: Tensor, keys: Tensor, seed: int, p: float) -> Tensor:
+def dropout_body(x: Tensor, keys: Tensor, seed: int, p: float) -> Tensor:
     """`dropout.token_dropout` in one kernel."""
     x = x if x.stride(1) == 1 else x.contiguous()
     tokens, width = x.shape
     out = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
     if tokens:
-        grid = (triton.cdiv(width, 256), triton.cdiv(tokens, 16))
+        grid = (-(-width // 256), -(-tokens // 16))
         _dropout[grid](x, keys, out, seed, int(p * 2**32), 1 / (1 - p), tokens, width, x.stride(0), BT=16, BI=256, num_warps=8)
     return out
+
+
+dropout_kernel = torch.library.custom_op("rayft_kernels::token_dropout", dropout_body, mutates_args=())
 
 
 @dropout_kernel.register_fake

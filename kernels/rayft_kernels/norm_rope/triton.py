@@ -12,6 +12,7 @@ the weight gradient of its tiles in registers and writes one partial row; `_sum_
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -258,6 +259,7 @@ class Tiles:
     warps: int
 
     @staticmethod
+    @cache
     def of(head_dim: int, rotated: int | None = None) -> Tiles:
         """About TILE elements, a row at least, and 16 for a thread; 8 where a part passes, whose layout costs as many registers again."""
         width = triton.next_power_of_2(head_dim)
@@ -267,12 +269,13 @@ class Tiles:
 
     def count(self, x: Tensor | None) -> int:
         """Tiles of one tensor [B, S, H, D]; 0 without it."""
-        return 0 if x is None else triton.cdiv(x.shape[0] * x.shape[1] * x.shape[2], self.rows)
+        return 0 if x is None else -(-x.shape[0] * x.shape[1] * x.shape[2] // self.rows)
 
 
-def _columns(head_dim: int, cos: Tensor | None) -> dict[str, int]:
-    """How a row splits into halves and rest, each with the power of two that covers it."""
-    half = (head_dim if cos is None else cos.shape[-1]) // 2
+@cache
+def _columns(head_dim: int, rotated: int | None) -> dict[str, int]:
+    """How a row splits into halves and rest, each with the power of two that covers it. The dictionary is shared: read it only."""
+    half = (head_dim if rotated is None else rotated) // 2
     rest, full = head_dim - 2 * half, head_dim // 2
     power = triton.next_power_of_2
     return {"HALF": half, "HALF_2": power(half), "REST": rest, "REST_2": power(rest) if rest else 1, "FULL": full, "FULL_2": power(full)}
@@ -313,7 +316,8 @@ def forward(
         cos, sin: [B or 1, S, n], contiguous columns, n <= D.
         tiles: how to cut the rows; by default as head_dim suggests.
     """
-    tiles = tiles or Tiles.of(q.shape[-1], None if cos is None else cos.shape[-1])
+    dim, rotated = q.shape[-1], None if cos is None else cos.shape[-1]
+    tiles = tiles or Tiles.of(dim, rotated)
     out = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     counts = [tiles.count(x) for x in (q, k, v)]
     strides = [stride for x in (q, k, v) for stride in _row_strides(x)]
@@ -321,7 +325,7 @@ def forward(
         _forward[(sum(counts),)](
             *(q, k, v), *out, q_weight, k_weight, cos, sin,
             q.shape[0] * q.shape[1], q.shape[1], *strides, *_rotation_strides(cos, sin), eps, counts[0], counts[1],
-            **_heads(q, k, v), ROWS=tiles.rows, **_columns(q.shape[-1], cos), UNIT=unit_offset, CAST=CASTS[casts], num_warps=tiles.warps,
+            **_heads(q, k, v), ROWS=tiles.rows, **_columns(dim, rotated), UNIT=unit_offset, CAST=CASTS[casts], num_warps=tiles.warps,
             # LLVM fuses a rounded product of bfloat16 values into the sum that follows, without the rounding.
             enable_fp_fusion=casts == "once",
         )  # fmt: skip
@@ -355,7 +359,8 @@ def backward(
     Returns:
         (dq, dk, dv, dq_weight, dk_weight); None for what does not exist or was not asked for.
     """
-    tiles, dim = tiles or Tiles.of(q.shape[-1], None if cos is None else cos.shape[-1]), q.shape[-1]
+    dim, rotated = q.shape[-1], None if cos is None else cos.shape[-1]
+    tiles = tiles or Tiles.of(dim, rotated)
     dx = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     counts = [tiles.count(x) for x in (q, k, v)]
     total = sum(counts)
@@ -368,9 +373,9 @@ def backward(
         _backward[(sum(shares),)](
             *grads, q, k, v, *dx, *weights, *partials, cos, sin,
             q.shape[0] * q.shape[1], q.shape[1], *strides, *_rotation_strides(cos, sin), eps, *shares,
-            **_heads(q, k, v), ROWS=tiles.rows, **_columns(dim, cos), UNIT=unit_offset, num_warps=tiles.warps,
+            **_heads(q, k, v), ROWS=tiles.rows, **_columns(dim, rotated), UNIT=unit_offset, num_warps=tiles.warps,
         )  # fmt: skip
     if any(d is not None for d in dw):
-        grid = (triton.cdiv(dim, SUM_COLS), 2)
+        grid = (-(-dim // SUM_COLS), 2)
         _sum_partials[grid](*partials, *dw, *shares[:2], D=dim, ROWS=SUM_ROWS, COLS=SUM_COLS, num_warps=4)
     return (*dx, *dw)

@@ -7,7 +7,20 @@ from typing import Literal, TypeAlias
 from pydantic import Field
 
 from rayft.config.schema.base import Section
-from rayft.config.schema.online import Algorithm, OnlineEval, Placement, Prompts, Reward, RewardFunction, Rollout, TokenBudget, WeightSync
+from rayft.config.schema.online import (
+    Algorithm,
+    Environment,
+    HttpJudge,
+    OnlineEval,
+    Placement,
+    Prompts,
+    Reward,
+    RewardFunction,
+    RewardModel,
+    Rollout,
+    TokenBudget,
+    WeightSync,
+)
 from rayft.config.schema.sections import (
     Adapter,
     BatchShape,
@@ -36,9 +49,11 @@ __all__ = [
     "Data",
     "Dataset",
     "Env",
+    "Environment",
     "Eval",
     "Export",
     "GrpoRun",
+    "HttpJudge",
     "Kernels",
     "Model",
     "OnlineEval",
@@ -48,6 +63,7 @@ __all__ = [
     "Prompts",
     "Reward",
     "RewardFunction",
+    "RewardModel",
     "Rollout",
     "Run",
     "Samples",
@@ -88,7 +104,8 @@ class GrpoRun(Section):
     adapter: Adapter = Adapter()
     data: Prompts
     rollout: Rollout = Rollout()
-    reward: Reward
+    environment: Environment = Environment()
+    reward: Reward = Reward()
     algorithm: Algorithm = Algorithm()
     batch: TokenBudget = TokenBudget()
     weight_sync: WeightSync = WeightSync()

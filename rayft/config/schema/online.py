@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rayft.config.schema.base import Bool, Count, Float, Fraction, NonNegative, PositiveFloat, PositiveInt, Section, Str
+from rayft.config.schema.base import Bool, Count, Float, Fraction, Int, NonNegative, PositiveFloat, PositiveInt, Section, Str
 from rayft.config.schema.sections import Dataset
 
 
@@ -40,31 +40,118 @@ class Rollout(Section):
         1, description="Steps that the weights behind any token may be older than those that it trains; 0 is strictly on-policy."
     )
     kv_cache_gib: PositiveFloat = Field(4.0, description="Memory of an engine's key-value cache on each of its devices.")
+    eager: Bool = Field(
+        False, description="Run vLLM on GPUs without CUDA graphs: it starts sooner and generates slower."
+    )
     deadline_s: PositiveFloat = Field(600.0, description="Longest time for a group's answers; then they are asked for again.")
     health_s: PositiveFloat = Field(
         30.0, description="Longest time that an engine may leave a question about its state unanswered before it is restarted."
     )
     start_s: PositiveFloat = Field(600.0, description="Longest time that an engine may take to start, and to take in new weights.")
     restarts: Count = Field(
-        5, description="Times that a group is asked for again after its engine died or missed a deadline; then its prompt is dropped."
+        5,
+        description="Times that a group is asked for again after its engine died or missed a deadline, and after its environment failed; then its prompt is dropped.",
     )
     samples: Count = Field(2, description="Answers of each step that rank 0 writes to samples.jsonl, as text.")
 
 
-class RewardFunction(Section):
-    """One function that judges answers."""
+class Environment(Section):
+    """What the policy talks to over several turns; without one, an answer is one turn."""
 
-    function: Str = Field(
-        description="module:function or ./file.py:function of (prompt, completion, row) -> number, plain or async; or the name of a ready reward."
+    function: Str | None = Field(
+        None,
+        description="module:name or ./file.py:name of a class, or function, that makes one environment for each answer; tools or openenv; or null for none.",
     )
+    arguments: dict[Str, Bool | Int | Float | Str | list[Str] | None] = Field(
+        default_factory=dict, description="What it is called with, by name."
+    )
+    tools: list[Str] = Field(
+        default_factory=list,
+        description="Functions that the policy may call with the environment tools, each module:function or ./file.py:function; the prompt shows their schemas.",
+    )
+    max_turns: PositiveInt = Field(16, description="Most turns of the policy; an answer that is not done by then counts as truncated.")
+    deadline_s: PositiveFloat = Field(
+        60.0, description="Longest time for one answer of an environment; then the group is asked for again, see rollout.restarts."
+    )
+    weight: Float = Field(1.0, description="Factor of the environment's own reward, named environment, in an answer's total reward.")
+
+
+class HttpJudge(Section):
+    """A model behind an OpenAI-compatible chat endpoint that judges answers."""
+
+    url: Str = Field(description="Address of the endpoint without /chat/completions, such as http://host:8000/v1.")
+    model: Str = Field(description="Name of the model there.")
+    prompt: Str = Field(
+        description="What it is asked: a Jinja template of prompt, completion and row, the columns of the row, or a path to a .jinja file."
+    )
+    score: Str = Field(
+        r"(?i:score)\s*[:=]\s*(-?[0-9]+(?:\.[0-9]+)?)",
+        description="Regular expression whose only group, where it matches last, is the score.",
+    )
+    json_field: Str | None = Field(
+        None, description="Key of the score in an answer that has a JSON object; null looks for the pattern score."
+    )
+    max_score: PositiveFloat = Field(10.0, description="Best score, which is a reward of 1; what is not between 0 and it is an error.")
+    max_tokens: PositiveInt = Field(512, description="Longest answer of the judge.")
+    temperature: NonNegative = Field(0.0, description="Its sampling temperature.")
+    api_key_env: Str | None = Field(
+        None, description="Name of the variable that holds the API key; it must be in env.forward. null sends none."
+    )
+    concurrency: PositiveInt = Field(32, description="Requests of one reward process at a time.")
+    timeout_s: PositiveFloat = Field(
+        30.0,
+        description="Longest time for one request; it is sent again, as after 429 and 5xx, until nine tenths of reward.deadline_s are over.",
+    )
+
+
+class RewardModel(Section):
+    """A model that scores chats, on processes of its own."""
+
+    path: Str = Field(
+        description="Folder, id of the Hugging Face hub, or URL, of a sequence classifier, or of a causal model where token is set."
+    )
+    revision: Str | None = Field(None, description="Branch, tag or commit of a model of the hub; null is its main branch.")
+    trust_remote_code: Bool = Field(False, description="Run model code that comes with the weights.")
+    label: Count = Field(0, description="Which output of a classifier is the reward.")
+    token: Str | None = Field(
+        None,
+        description="A causal model's reward is the probability of this token, such as Yes, as the first of its answer; null is for classifiers.",
+    )
+    replicas: PositiveInt = Field(1, description="Processes that hold the model.")
+    gpus: NonNegative = Field(1.0, description="GPUs of each, also a part of one; 0 runs it on a CPU.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Precision of the model; auto is bfloat16 on GPUs and float32 on CPUs."
+    )
+    max_tokens: PositiveInt = Field(4096, description="Longest chat; a longer one is an error.")
+    batch: PositiveInt = Field(8, description="Chats in one forward.")
+
+
+class RewardFunction(Section):
+    """One judgement of answers: exactly one of function, judge and model."""
+
+    function: Str | None = Field(
+        None,
+        description="module:function or ./file.py:function of (prompt, completion, row) -> number, plain or async; or the name of a ready reward.",
+    )
+    judge: HttpJudge | None = Field(None, description="A model behind an HTTP endpoint judges instead.")
+    model: RewardModel | None = Field(None, description="A reward model on processes of its own scores instead.")
     weight: Float = Field(1.0, description="Factor of its value in an answer's total reward.")
     batch: Bool = Field(False, description="The function takes the answers of a group as one list and returns a list of numbers.")
+    trl: Bool = Field(
+        False,
+        description="The function is one of trl or has the form of those: (prompts, completions, completion_ids, **columns) -> list of numbers.",
+    )
+    arguments: dict[Str, Bool | Int | Float | Str | list[Str] | None] = Field(
+        default_factory=dict, description="Further arguments of the function by name, such as those of the ready reward code."
+    )
 
 
 class Reward(Section):
     """What answers are worth. A reward that cannot be given is an error, never a zero."""
 
-    functions: dict[Str, RewardFunction] = Field(min_length=1, description="Functions by name; an answer's total is their weighted sum.")
+    functions: dict[Str, RewardFunction] = Field(
+        default_factory=dict, description="Functions by name; an answer's total is their weighted sum, with the environment's reward."
+    )
     workers: PositiveInt = Field(1, description="Processes that rewards run in.")
     deadline_s: PositiveFloat = Field(60.0, description="Longest time for scoring a group; then its process is replaced.")
     retries: Count = Field(2, description="Times that a group is scored again after a reward raised; then its prompt is dropped.")
@@ -110,6 +197,9 @@ class Algorithm(Section):
     )
     filter: Literal["none", "zero_variance"] | None = Field(
         None, description="zero_variance replaces groups whose answers all have the same reward by other prompts."
+    )
+    rerolls: Count = Field(
+        0, description="Times that the prompt of a filtered group is asked again under later weights, with answers drawn anew."
     )
     max_filtered: PositiveInt = Field(
         20, description="Steps' worth of groups that may be filtered in a row before the run stops: nothing is learnt then."
@@ -157,4 +247,8 @@ class OnlineEval(Section):
     at_start: Bool = Field(False, description="Evaluate before the first step too.")
     samples: PositiveInt = Field(1, description="Sampled answers to each prompt, beside one without sampling.")
     max_prompts: PositiveInt | None = Field(None, description="Prompts to evaluate on; null takes all.")
+    patience: PositiveInt | None = Field(
+        None, description="Stop after this many evaluations in a row that improve eval/reward by no more than min_delta; null goes on."
+    )
+    min_delta: NonNegative = Field(0.0, description="By how much eval/reward must rise to count as an improvement.")
     correct_from: Float = Field(1.0, description="Total reward from which an answer counts as correct, for pass@k.")

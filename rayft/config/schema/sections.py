@@ -47,6 +47,10 @@ class Model(Section):
         "auto", description="Precision of forward and backward; auto is bfloat16 on GPUs and float32 on CPUs."
     )
     reduce_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision in which gradients are summed over ranks.")
+    quantize: Literal["none", "nf4"] = Field(
+        "none",
+        description="nf4 holds the linear layers of the decoder blocks in 4 bits below a LoRA adapter (QLoRA: NF4 in blocks of 64, scales in 8 bits); embeddings, norms, head, routers and experts are not quantised.",
+    )
     tokenizer: Str | None = Field(None, description="Folder of the tokenizer when it is not the model's own.")
     chat_template: Str | None = Field(None, description="Jinja text, a path to a .jinja file, or null for the tokenizer's own template.")
     pad_token: Str | None = Field(None, description="Token to pad with; null takes the tokenizer's, else its end token.")
@@ -69,6 +73,10 @@ class Adapter(Section):
         "all-linear",
         description="all-linear, a list of module name endings, or one regular expression that must match a whole module name.",
     )
+    target_parameters: tuple[Str, ...] = Field(
+        (),
+        description="Stacks of experts that get adapters too, by name ending such as experts.gate_up_proj and experts.down_proj; each expert has its own of rank r, without dropout.",
+    )
     modules_to_save: tuple[Str, ...] = Field(
         (), description="Further modules that are trained in full and saved with the adapter, by name ending."
     )
@@ -79,7 +87,7 @@ class Dataset(Section):
     """One source of rows."""
 
     path: Str = Field(
-        description="File, folder or glob, also as s3:// URL: json, jsonl, ndjson, parquet, csv, tsv, txt, each also as .gz, .bz2, .xz or .zst; or the id of a dataset of the Hugging Face hub."
+        description="File, folder or glob, also as s3:// URL: json, jsonl, ndjson, parquet, csv, tsv, txt, each also as .gz, .bz2, .xz or .zst; or the id of a dataset of the Hugging Face hub; for prompts also reasoning-gym://TASK?size=500&seed=0 with settings of the task."
     )
     subset: Str | None = Field(None, description="Configuration of a hub dataset, such as main; null is its default.")
     split: Str = Field("train", description="Split of a hub dataset, also a slice such as train[:10%].")
@@ -197,8 +205,9 @@ class Parallel(Section):
         False, description="Keep what decoder layers save for the backward in host memory; copies run beside the computation."
     )
     compile: Bool = Field(False, description="torch.compile each decoder layer.")
-    attention: Literal["auto", "sdpa", "flex"] = Field(
-        "auto", description="Attention backend; auto takes what was measured fastest for the layer and the rows, and says why."
+    attention: Literal["auto", "sdpa", "flex", "triton"] = Field(
+        "auto",
+        description="Attention backend; auto takes what was measured fastest for the layer and the rows, and says why; triton is rayft's own kernels.",
     )
 
 
@@ -215,6 +224,14 @@ class Kernels(Section):
     glu: Literal["auto", "on", "off"] = Field(
         "auto", description="The gated activation of an MLP without fused LoRA in one kernel; auto takes it on GPUs."
     )
+    experts: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Experts and their adapters in one autograd node over grouped products; auto takes it on GPUs, and everywhere for adapters on experts.",
+    )
+    linear_cross_entropy: Literal["fast", "lean"] = Field(
+        "fast",
+        description="Loss of a trained head on GPUs: fast sums the head's gradient in a float32 copy of it, lean computes the logits a second time instead.",
+    )
 
 
 class Checkpoint(Section):
@@ -223,7 +240,7 @@ class Checkpoint(Section):
     every: PositiveInt | None = Field(None, description="Steps between checkpoints; null saves only at the end.")
     keep: PositiveInt = Field(2, description="Checkpoints to keep; older ones are deleted once a newer one is committed.")
     keep_best: Bool = Field(
-        False, description="Save after every evaluation with a new lowest eval/loss, and keep the newest of these beside the others."
+        False, description="Keep the checkpoint of the best evaluation beside the others: lowest eval/loss, saved when it is found, or highest eval/reward, for which every step that is evaluated is saved."
     )
     trigger: Bool = Field(
         True, description="Save at the next step when a file CHECKPOINT_NOW appears in the run's directory; it is looked for once a second."

@@ -1,0 +1,1 @@
+"""Mixture-of-experts MLPs with per-expert low-rank adapters, as one autograd node."""

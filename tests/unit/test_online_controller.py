@@ -1,0 +1,143 @@
+"""The controller between a trainer and engines that do as they are told: evaluations over its own restart, and its report."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from rayft.actors import controller as module
+from rayft.actors.controller import Controller, Setup
+from rayft.actors.pool import Pool
+from rayft.config.load import load
+from rayft.config.schema import GrpoRun
+from rayft.experience.orders import Order
+from rayft.types import Prompt, Scored
+
+
+class Prompts:
+    def __init__(self, folder: str, *, seed: int, shuffle: bool) -> None:
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return 3
+
+    def prompt(self, ordinal: int) -> Prompt:
+        return Prompt(f"{self.folder}-{ordinal}", ordinal, (1, 2), {})
+
+
+class Answers:
+    """Answers at once, but held-out prompts only when they are not held."""
+
+    hold = False
+
+    def __init__(self, cfg: GrpoRun, pool: Pool, judges: tuple[str, ...]) -> None: ...
+
+    async def ask(self, prompt: Prompt, n: int, temperature: float) -> tuple[str, Any]:
+        while prompt.key.startswith("eval") and Answers.hold:
+            await asyncio.sleep(0.001)
+        return "engine", n
+
+    async def score(self, n: int) -> Scored:
+        return Scored("k", {"r": (1.0,) * n}, tuple(map(float, range(n))), (1,) * n, (3,) * n, (False,) * n, 0, 0)
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Starts the run's controller, or another one after it, with engines that are up and have the weights that it remembers."""
+    monkeypatch.setattr(ray, "get_actor", lambda name: None)
+    monkeypatch.setattr(ray, "kill", lambda actor, no_restart: None)
+    monkeypatch.setattr(Pool, "watch", lambda self: None)
+    monkeypatch.setattr(module, "POLL_S", 0.3)
+    monkeypatch.setattr(module, "PromptSet", Prompts)
+    monkeypatch.setattr(module, "Dispatch", Answers)
+    base = ["method=grpo", "run.name=a", "model.path=m", "data.train.a.path=x", "data.eval.a.path=x", "reward.functions.r.function=exact"]
+    cfg = load([], [*base, "rollout.prompts_per_step=1", "rollout.group_size=2", "eval.at_start=true"])
+    assert isinstance(cfg, GrpoRun)
+    setup = Setup(cfg, tmp_path, "train", "eval", 9, "driver", 0, ("engine-0",), ())
+
+    def make() -> Controller:
+        made = Controller(setup)
+        (member,) = made._pool._members
+        member.life, member.version = "life", made._pool.current
+        return made
+
+    return make
+
+
+async def order(controller: Controller, step: int, index: int) -> Order:
+    while (found := await controller.order(1, step, index, 0)) is None:
+        pass
+    return found
+
+
+def test_an_evaluation_survives_the_controller(start: Any) -> None:
+    """The first one dies in the middle of it; the second one begins again, and the third tells again what the second knew."""
+
+    async def live() -> None:
+        Answers.hold = True
+        first = start()
+        await first.join(1, 0, 1)
+        push = await order(first, 0, 0)
+        assert push.kind == "push" and push.version == "1.0"
+        await first.pushed(1, 0, ["life"], {})
+        batch = await order(first, 0, 1)
+        assert batch.kind == "batch" and not [values for _, values in batch.records if "eval/reward" in values]
+        assert "weights stay as they are until 3 of 3 held-out prompts are answered" in await first.report()
+        first._groups._tasks.clear()
+
+        second = start()
+        waiting = asyncio.create_task(second.order(1, 1, 0, 0))
+        await asyncio.sleep(0.05)
+        assert second._held_out.running and not waiting.done(), "the push of step 1 waits for what is asked of step 0"
+        Answers.hold = False
+        assert (await waiting).kind == "push"
+        await second.pushed(1, 1, ["life"], {})
+        assert "held-out" not in await second.report()
+
+        third = start()
+        third._wake()
+        batch = await order(third, 1, 1)
+        (told,) = [(step, values) for step, values in batch.records if "eval/reward" in values]
+        assert told[0] == 0 and told[1]["eval/num_prompts"] == 3 and not third._held_out.running
+
+    asyncio.run(asyncio.wait_for(live(), 20))
+
+
+def test_engines_are_brought_back_to_the_weights_that_are_evaluated(start: Any) -> None:
+    """While the trainer has them. Once it has later ones, and no engine those, the evaluation is given up."""
+
+    async def live() -> None:
+        Answers.hold = True
+        controller = start()
+        await controller.join(1, 0, 1)
+        await order(controller, 0, 0)
+        await controller.pushed(1, 0, ["life"], {})
+        await order(controller, 0, 1)
+        (member,) = controller._pool._members
+        member.life, member.version = "second", ""
+        again = await order(controller, 0, 2)
+        assert again.kind == "push" and again.engines == (("second", "engine-0"),) and not controller._held_out.superseded
+        assert await asyncio.wait_for(controller.order(1, 1, 0, 0), 6) is None
+        assert controller._held_out.superseded
+        Answers.hold = False
+
+    asyncio.run(asyncio.wait_for(live(), 20))
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_engines_of_a_push_that_the_trainer_died_in_are_ended(start: Any, told: bool) -> None:
+    async def live() -> None:
+        controller = start()
+        await controller.join(1, 0, 1)
+        assert (await order(controller, 0, 0)).kind == "push"
+        if told:
+            await controller.pushed(1, 0, ["life"], {})
+        await controller.join(2, 0, 1)
+        (member,) = controller._pool._members
+        assert (member.life == "life") == told
+
+    asyncio.run(asyncio.wait_for(live(), 20))
