@@ -11,7 +11,7 @@ from bench import check_attention
 from bench.check_attention import Case
 from bench.checks import failures
 from interpreted import allow_scalars_of_one_element
-from rayft_kernels.attention import op, triton, wide
+from rayft_kernels.attention import op, triton, wide, workspace
 from rayft_kernels.attention.triton import Block, Blocks
 from rayft_kernels.attention.wide import Backward, Forward, Product
 
@@ -33,7 +33,7 @@ CASES = (
 
 def run_triton_on_cpu() -> None:
     """Triton bodies as CPU kernels of the operators, in small blocks, wide heads in several chunks of rows."""
-    wide.WORKSPACE, wide.LEAST_ROWS, wide.HALF, wide.SINGLE = 2**14, 64, (FORWARD, BACKWARD), (FORWARD, BACKWARD)
+    workspace.WORKSPACE, workspace.LEAST_ROWS, wide.HALF, wide.SINGLE = 2**14, 64, (FORWARD, BACKWARD), (FORWARD, BACKWARD)
     triton._blocks = lambda q: BLOCKS
 
     def on_cpu(body: Any, *args: Any) -> Any:

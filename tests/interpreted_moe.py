@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import torch
 
 from bench import check_moe
@@ -11,6 +13,15 @@ from rayft_kernels.moe_lora import steps
 from rayft_kernels.moe_lora import triton as body
 
 NAMES = ("adapters", "square, transposed", "gate and up only", "down only", "base trained", "base trained, transposed, adapters")
+
+
+def check_device() -> None:
+    """Each launch of a forward and backward is made on the device of its tensors."""
+    case = check_moe.CASES["base trained, transposed, adapters"]
+    given, index = check_moe.cast(check_moe.made(case, "cpu"), torch.float32), check_moe.choices(case, "cpu")
+    with patch.object(torch.cuda, "device_of", wraps=torch.cuda.device_of) as entered:
+        check_moe.values(check_moe.ours, case, index, given)
+    assert entered.call_count == 16, entered.call_count
 
 
 def main() -> int:
@@ -23,6 +34,8 @@ def main() -> int:
         for kind in ("float32", "float16")
     }
     found["twice"] = lambda: check_moe.check_twice(torch.float32, "cpu")
+    found["strides"] = lambda: check_moe.check_strides(torch.float32, "cpu")
+    found["device"] = check_device
     return 1 if failures(found) else 0
 
 

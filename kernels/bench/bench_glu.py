@@ -58,9 +58,7 @@ def one_row(line: Callable[..., str], name: str, call: Callable[[], object]) -> 
 
 def peer_functions(activation: str) -> dict[str, Callable[..., Tensor]]:
     """What users would call instead, as far as it is installed."""
-    found: dict[str, Callable[..., Tensor]] = {
-        "torch.compile": torch.compile(partial(written_out, activation=activation), dynamic=False)
-    }
+    found: dict[str, Callable[..., Tensor]] = {"torch.compile": torch.compile(partial(written_out, activation=activation), dynamic=False)}
     if DEVICE == "cuda" and activation in LIGER and (liger := installed("liger_kernel.ops")):
         found["liger"] = lambda g, u: getattr(liger, LIGER[activation]).apply(g, u)
     return found

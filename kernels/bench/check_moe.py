@@ -156,6 +156,16 @@ def check_twice(dtype: torch.dtype, device: str) -> None:
         assert_equal(values(ours, case, index, given), first)
 
 
+def check_strides(dtype: torch.dtype, device: str) -> None:
+    """Inputs whose values do not lie side by side give the same bits."""
+    case = Case(trained=True)
+    given, index = cast(made(case, device), dtype), choices(case, device)
+    strided = Inputs(*(None if value is None else value.mT.contiguous().mT for value in given))  # type: ignore[arg-type]
+    assert not strided.weights.is_contiguous()
+    with torch.no_grad():
+        assert_equal([ours(case, index, strided)], [ours(case, index, given)])
+
+
 def check_surroundings(device: str, dtype: torch.dtype, backend: str) -> None:
     """Compiled in one graph, or checkpointed: the same numbers."""
     for case in (Case(), Case(adapters="none", trained=True)):
@@ -194,6 +204,7 @@ def checks(device: str, dtypes: Sequence[torch.dtype], backend: str = "inductor"
         kind = str(dtype).removeprefix("torch.")
         found |= {f"moe {kind}: {name}": partial(check_against, case, dtype, device) for name, case in CASES.items()}
         found[f"moe twice {kind}"] = partial(check_twice, dtype, device)
+        found[f"moe strides {kind}"] = partial(check_strides, dtype, device)
     found["moe compile, checkpoint"] = partial(check_surroundings, device, torch.float32, backend)
     if device != "cpu":
         found["moe over 2^31 elements"] = partial(check_large, device)

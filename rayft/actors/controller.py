@@ -86,6 +86,7 @@ class Controller:
         self._orders: dict[tuple[int, int, int], Order] = {}
         self._records = list(self._journal.evaluated.items())  # the trainer leaves out what it knows
         self._world = cfg.parallel.workers
+        self._losing: tuple[int, int, int] | None = None  # question whose lost groups are made again; it may be asked often
         self._pushing: tuple[str, ...] = ()  # lives of the engines that a push was ordered to and is not known to have ended
         self._deciding, self._changed = asyncio.Lock(), asyncio.Event()
         self._since, self._tokens = time.monotonic(), 0
@@ -124,7 +125,8 @@ class Controller:
             return None
         key, until = (attempt, step, index), time.monotonic() + POLL_S
         async with self._deciding:
-            if lost and key not in self._orders:
+            if lost and key not in self._orders and key != self._losing:
+                self._losing = key
                 self._lose(step, lost)
             while key not in self._orders and time.monotonic() < until:
                 self._changed.clear()

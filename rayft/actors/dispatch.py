@@ -59,7 +59,8 @@ class Dispatch:
                     await self._examine(member, life)
                 raise _own(problem, DataError, EnvironmentFailed) or _passing(member.name, f"failed ({problem.cause!r})") from problem
             except RayError as problem:
-                member.life = member.version = ""  # no prompts until it has been looked at
+                if member.life == life:
+                    member.life = member.version = ""  # no prompts until it has been looked at
                 raise _passing(member.name, f"died ({type(problem).__name__})") from problem
         return member.name, group
 

@@ -54,12 +54,15 @@ class HeldOut:
         return self.prompts is not None and step not in done and (at_edge or bool(step and every and step % every == 0))
 
     async def run(self) -> dict[str, float]:
-        """The metrics of the weights that engines serve; none when no prompt could be answered."""
+        """The metrics of the weights that engines serve; none when no prompt could be answered, or these weights went before all were."""
         assert self.prompts is not None
         self.superseded = False
         self.asked, self.answered = min(len(self.prompts), self.cfg.eval.max_prompts or len(self.prompts)), 0
         found = await asyncio.gather(*(self._answer(self.prompts.prompt(place)) for place in range(self.asked)))
         answered = [pair for pair in found if pair is not None]
+        if self.superseded and len(answered) < self.asked:  # the quickest answers alone would say something else
+            log.warning("evaluation given up after %d of %d prompts: no engine has its weights any more", len(answered), self.asked)
+            return {}
         return of_evaluation(answered, self.cfg.eval.correct_from) if answered else {}
 
     def in_words(self) -> str:

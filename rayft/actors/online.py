@@ -19,7 +19,6 @@ from rayft.checkpoint import resume
 from rayft.config import functions
 from rayft.config.environment import credentials, worker_environment
 from rayft.config.schema import GrpoRun
-from rayft.config.schema.online import Rollout
 from rayft.data import store
 from rayft.data.prompts import PromptSet, prepare_prompts
 from rayft.errors import ConfigError, ResourceError
@@ -29,9 +28,6 @@ log = logging.getLogger("rayft")
 
 CONCURRENCY = 10_000
 """Calls that an asynchronous actor may have open; its own bounds are elsewhere."""
-
-MOST_REQUESTS = {"cpu": 64, "cuda": 1024}
-"""Most requests that an engine computes at once, on GPUs as vLLM has it on large cards; what a step has beyond waits in the engine."""
 
 
 @contextmanager
@@ -147,15 +143,11 @@ def _share(cfg: GrpoRun, gpu: bool) -> float:
     return placement.ENGINE_SHARE if cfg.placement.mode == "colocated" else cfg.rollout.tensor_parallel
 
 
-def _requests(rollout: Rollout, device_type: str) -> int:
-    """Requests that an engine computes at once: its part of a step, since a batch waits for its last answer."""
-    return min(-(-rollout.prompts_per_step // rollout.engines) * rollout.group_size, MOST_REQUESTS[device_type])
-
-
 def _engine_options(cfg: GrpoRun, device_type: str) -> Any:
     from rayft.actors.feed import engine_dtype
     from rayft.models.hub import model_folder
     from rayft.models.tokenizer import load_tokenizer
+    from rayft.parallel.online_memory import requests_at_once
     from rayft.rollout.engine import EngineOptions
 
     rollout = cfg.rollout
@@ -166,7 +158,7 @@ def _engine_options(cfg: GrpoRun, device_type: str) -> Any:
         context=rollout.max_prompt_tokens + rollout.max_tokens,
         stop_tokens=(int(load_tokenizer(cfg.model).eos_token_id),),
         random_weights=cfg.model.init == "random",
-        concurrency=_requests(rollout, device_type),
+        concurrency=requests_at_once(rollout, device_type),
         kv_cache_bytes=int(rollout.kv_cache_gib * 2**30),
         workers=rollout.tensor_parallel,
         eager=rollout.eager or device_type == "cpu",

@@ -116,7 +116,7 @@ def open_models(cfg: GrpoRun, driver: str, device_type: str, options: Mapping[st
         secrets: of the driver.
 
     Raises:
-        ResourceError: the cluster has no room for them beside the rest of the run, or they take longer than rollout.start_s.
+        ResourceError: the cluster has no room for them beside the rest of the run, one died, or they take longer than rollout.start_s.
         RayftError: a model cannot be loaded.
     """
     wanted = {name: one.model for name, one in cfg.reward.functions.items() if one.model is not None}
@@ -139,6 +139,10 @@ def open_models(cfg: GrpoRun, driver: str, device_type: str, options: Mapping[st
             raise ResourceError(
                 "rollout.start_s", cfg.rollout.start_s, rule, "Raise it, or look for the room that they wait for"
             ) from problem
+        except RayError as problem:
+            rule = f"died while it was loaded ({type(problem).__name__})"
+            remedy = "Look into its lines above; often its machine has too little memory"
+            raise ResourceError("reward model", ", ".join(wanted), rule, remedy) from problem
         yield names
 
 

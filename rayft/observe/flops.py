@@ -153,6 +153,16 @@ def linears(layer: LayerShape, hidden: int) -> dict[str, tuple[int, int]]:
     return found
 
 
+def stacks(layer: LayerShape, hidden: int) -> dict[str, tuple[int, int]]:
+    """The stacks of routed experts: name inside the decoder layer -> (inputs, outputs) of one expert."""
+    if not layer.experts:
+        return {}
+    return {
+        "mlp.experts.gate_up_proj": (hidden, (2 if layer.gated else 1) * layer.expert_width),
+        "mlp.experts.down_proj": (layer.expert_width, hidden),
+    }
+
+
 def layer_parameters(layer: LayerShape, hidden: int, *, active_only: bool = False) -> int:
     """Weights of a decoder layer's matrices; with `active_only`, of the experts only those that one token visits."""
     dense = sum(inputs * outputs for inputs, outputs in linears(layer, hidden).values())
@@ -173,7 +183,8 @@ def flops_per_step(shape: ModelShape, document_lengths: Iterable[int], head_toke
         shape: of the model.
         document_lengths: without padding.
         head_tokens: positions whose logits are computed: the trained ones.
-        adapter_parameters: weights of the low-rank adapters over a frozen base; None when every weight is trained. A frozen
+        adapter_parameters: weights of the low-rank adapters over a frozen base that a token meets, so of experts those of the ones
+            that it visits; None when every weight is trained. A frozen
             weight has no weight gradient; a head that is trained beside adapters is counted as frozen.
     """
     lengths, trained, frozen = list(document_lengths), FORWARD + INPUT_GRADIENT + WEIGHT_GRADIENT, FORWARD + INPUT_GRADIENT

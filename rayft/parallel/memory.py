@@ -1,8 +1,9 @@
 """How much memory a worker will need, by part, before anything is placed.
 
 These moments of a step can be the highest: the loss (all activations are held, and the logits of a chunk), the backward of the
-last layer (activations are still held, and their first gradients appear), the end of any layer's backward (activations turn into
-gradients), and the reduction of the root's gradients (activations are gone). The plan is the highest of them.
+last layer (activations are still held, and their first gradients appear), in it the backward of attention where that has a workspace,
+the end of any layer's backward (activations turn into gradients), and the reduction of the root's gradients (activations are gone).
+The plan is the highest of them. What a step computes, `activation_memory` measures; here is what is held, and when.
 
 Sizes follow FSDP2 of torch 2.11 to 2.13 and the decoder layers of transformers, as they are written or as inductor compiles them.
 Letters: W workers that the state is sharded over, T tokens of a micro-batch on a worker, H hidden size, V vocabulary, c bytes of
@@ -12,20 +13,29 @@ the compute type.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from rayft.config.schema import Adapter, AnyRun, SftRun
 from rayft.models.load import base_dtype, compute_dtype
-from rayft.observe.flops import LayerShape, ModelShape, layer_parameters, linears
+from rayft.observe.flops import LayerShape, ModelShape, layer_parameters, linears, stacks
+from rayft.parallel.activation_memory import (
+    FLOAT32,
+    How,
+    activation_gradients,
+    attention_activations,
+    attention_gradients,
+    how_of,
+    is_stack_target,
+    is_target,
+    layer_activations,
+    loss_bytes,
+    norm,
+)
 from rayft.parallel.fsdp import SHARDS_BYTES
-from rayft_kernels.linear_cross_entropy.chunks import chunk_rows, weighted_nll_bytes
 from rayft_kernels.nf4.op import BLOCK, bytes_of
 
-FLOAT32 = 4
 RUNTIME_BYTES = {"cpu": 700 << 20, "cuda": 64 << 20}
 """Constant part. CPU: a Python process with torch, transformers and Ray (0.6 to 0.8 GB measured). GPU: workspaces of the libraries,
 inside the allocator; the CUDA context, outside of it, is not counted."""
@@ -82,14 +92,15 @@ class Weights:
 
 
 def weights_of(shape: ModelShape, adapter: Adapter, unfrozen: Sequence[str] = ()) -> Weights:
-    """What is trained. Adapters and model.unfrozen are counted on the dense linear layers, by the module names of the Llama family."""
+    """What is trained. Adapters and model.unfrozen are counted on dense linear layers and experts, by the names of the Llama family."""
     count = range(len(shape.layers))
     head = {"lm_head": (shape.hidden, shape.vocab), "model.embed_tokens": (shape.hidden, shape.vocab)}
     inside = [
         {f"model.layers.{index}.{name}": size for name, size in linears(shape.layers[index], shape.hidden).items()} for index in count
     ]
     if adapter.type == "lora":
-        adapted = tuple(adapter.r * sum(sum(layer[name]) for name in layer if is_target(name, adapter.targets)) for layer in inside)
+        linear = (adapter.r * sum(sum(layer[name]) for name in layer if is_target(name, adapter.targets)) for layer in inside)
+        adapted = tuple(dense + _expert_adapters(layer, shape.hidden, adapter) for dense, layer in zip(linear, shape.layers, strict=True))
         copied = [name for name in (*head, *(name for layer in inside for name in layer)) if is_target(name, adapter.modules_to_save)]
         sizes = head | {name: size for layer in inside for name, size in layer.items()}
         more = sum(sizes[name][0] * sizes[name][1] for name in copied)
@@ -101,20 +112,24 @@ def weights_of(shape: ModelShape, adapter: Adapter, unfrozen: Sequence[str] = ()
             found = {name for name in sizes if any(pattern.match(f"{name}.weight") for pattern in patterns)}
             return {name: sizes[name][0] * sizes[name][1] for name in found}
 
+        def of_experts(index: int) -> int:
+            layer = shape.layers[index]
+            sizes = {f"model.layers.{index}.{name}": size for name, size in stacks(layer, shape.hidden).items()}
+            found = [name for name in sizes if any(pattern.match(name) for pattern in patterns)]
+            return layer.experts * sum(sizes[name][0] * sizes[name][1] for name in found)
+
         root = chosen({name: size for name, size in head.items() if not (shape.tied and name == "lm_head")})
         trains_head = ("model.embed_tokens" if shape.tied else "lm_head") in root
-        return Weights(shape.parameters, 0, 0, trains_head, sum(root.values()), tuple(sum(chosen(layer).values()) for layer in inside))
+        layers = tuple(sum(chosen(inside[index]).values()) + of_experts(index) for index in count)
+        return Weights(shape.parameters, 0, 0, trains_head, sum(root.values()), layers)
     layers = tuple(layer_parameters(layer, shape.hidden) for layer in shape.layers)
     return Weights(shape.parameters, 0, 0, True, shape.embedding_parameters, layers)
 
 
-def is_target(name: str, targets: str | Iterable[str]) -> bool:
-    """Whether `adapter.targets` or `adapter.modules_to_save` selects a linear module by its name."""
-    if targets == "all-linear":
-        return True
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == ending or name.endswith("." + ending) for ending in targets)
+def _expert_adapters(layer: LayerShape, hidden: int, adapter: Adapter) -> int:
+    """Weights of the adapters on a layer's stacks: rank r for each expert."""
+    adapted = [sum(size) for name, size in stacks(layer, hidden).items() if is_stack_target(name, adapter)]
+    return adapter.r * layer.experts * sum(adapted)
 
 
 @dataclass(frozen=True)
@@ -126,6 +141,7 @@ class Sizes:
         shards: W.
         alone: one worker, whose weights are cast (`parallel.cast`) and neither gathered nor reduced.
         tokens: T.
+        longest: tokens of the longest document that there may be.
         compute, held, trained, reduce: bytes of a value in forward and backward, of a base weight, of a trained weight with its
             gradient and optimizer states, and of a gradient while it is summed over ranks.
         optimizer: optim.type.
@@ -142,6 +158,7 @@ class Sizes:
     shards: int
     alone: bool
     tokens: int
+    longest: int
     compute: int
     held: int
     trained: int
@@ -229,7 +246,7 @@ def estimate(shape: ModelShape, cfg: AnyRun, device: str) -> MemoryPlan:
         cfg: the run, its batch.micro_rows a number.
         device: "cpu" or "cuda".
     """
-    tokens, accumulating = _work(cfg)
+    tokens, longest, accumulating = _work(cfg)
     parallel, gpu, frozen = cfg.parallel, device == "cuda", cfg.adapter.type != "none"
     held = base_dtype(cfg.model, frozen=frozen, device_type=device).itemsize
     sizes = Sizes(
@@ -239,6 +256,7 @@ def estimate(shape: ModelShape, cfg: AnyRun, device: str) -> MemoryPlan:
         shards=parallel.workers // parallel.replicas,
         alone=parallel.workers == 1 and not (parallel.cpu_offload and gpu),
         tokens=tokens,
+        longest=longest,
         compute=compute_dtype(cfg.model, device).itemsize,
         held=held,
         trained=FLOAT32 if frozen else held,
@@ -257,13 +275,14 @@ def estimate(shape: ModelShape, cfg: AnyRun, device: str) -> MemoryPlan:
     return max(plans, key=lambda plan: plan.total)
 
 
-def _work(cfg: AnyRun) -> tuple[int, bool]:
-    """Tokens of a micro-batch, and whether a worker may run several in an update."""
+def _work(cfg: AnyRun) -> tuple[int, int, bool]:
+    """Tokens of a micro-batch, of the longest document, and whether a worker may run several micro-batches in an update."""
     if not isinstance(cfg, SftRun):
         answers, longest = cfg.rollout.prompts_per_step * cfg.rollout.group_size, cfg.rollout.max_prompt_tokens + cfg.rollout.max_tokens
-        return cfg.micro_tokens, answers * longest > cfg.micro_tokens * cfg.parallel.workers * cfg.algorithm.updates
+        return cfg.micro_tokens, longest, answers * longest > cfg.micro_tokens * cfg.parallel.workers * cfg.algorithm.updates
     assert cfg.batch.micro_rows != "auto"
-    return cfg.batch.micro_rows * cfg.data.seq_len, cfg.batch.rows > cfg.batch.micro_rows * cfg.parallel.workers
+    several = cfg.batch.rows > cfg.batch.micro_rows * cfg.parallel.workers
+    return cfg.batch.micro_rows * cfg.data.seq_len, cfg.data.seq_len, several
 
 
 def _state(s: Sizes) -> dict[str, int]:
@@ -303,7 +322,7 @@ def _at_loss(s: Sizes) -> dict[str, int]:
     return {
         "gradients": s.waiting(s.weights.trained),
         "gathered weights": s.gathered(s.shape.layers[-1:] if s.shards > 1 else s.above(last) if s.alone and s.recompute == "none" else ()),
-        "activations": s.here(last) + s.tokens * _norm(s.shape.hidden, s.compute, s.adapter),
+        "activations": s.here(last) + s.tokens * norm(s.shape.hidden, s.compute, s.adapter),
         "loss": loss_bytes(s.shape, s.tokens, s.compute, head_trained=s.weights.head_trained, gpu=s.how.gpu, lean=s.how.lean),
     }
 
@@ -337,15 +356,30 @@ def _at_backward(s: Sizes, index: int) -> dict[str, int]:
     layers = s.shape.layers
     layer, later = layers[index], layers[index + 1 :]
     reduced = sum(s.weights.layers[index + 1 :])
-    final = s.tokens * _norm(s.shape.hidden, s.compute, s.adapter) if not later else 0
+    final = s.tokens * norm(s.shape.hidden, s.compute, s.adapter) if not later else 0
     return {
         "gradients": s.reduced(reduced) + s.waiting(s.weights.trained - reduced),
         "gathered weights": s.gathered(s.above(index)) + _made_dense(s, layer),
         "activations": s.here(index) + s.tokens * s.recomputed(layer) + final,
         # The buffer in which the gradient of the layer above is summed.
         "gradients in flight": _head_gradient(s)
-        + _activation_gradients(layer, s.shape.hidden, s.tokens, s.compute)
+        + activation_gradients(layer, s.shape.hidden, s.tokens, s.compute, s.how)
         + s.summed(sum(s.weights.layers[index + 1 : index + 2])),
+    }
+
+
+def _at_attention(s: Sizes, index: int) -> dict[str, int]:
+    """In the attention of the backward of layer `index`, whose MLP is through: its weights' gradients are there, its values are gone.
+
+    The forward's workspace is as large, with as much held and fewer gradients.
+    """
+    layer = s.shape.layers[index]
+    inputs = attention_activations(layer, s.compute) + norm(s.shape.hidden, s.compute, s.adapter)
+    after = _at_layer_end(s, index)
+    return after | {
+        "activations": after["activations"] + s.tokens * inputs,
+        "gradients in flight": after["gradients in flight"]
+        + attention_gradients(layer, s.shape.hidden, s.tokens, s.longest, s.compute, s.how),
     }
 
 
@@ -381,119 +415,8 @@ def _moments(s: Sizes) -> Iterator[tuple[str, dict[str, int]]]:
     yield "loss", _at_loss(s)
     for index in range(len(s.shape.layers)):
         yield f"backward of layer {index}", _at_backward(s, index)
+        if s.how.has_workspace(s.shape.layers[index].head_dim):
+            yield f"attention in the backward of layer {index}", _at_attention(s, index)
         yield f"end of the backward of layer {index}", _at_layer_end(s, index)
     yield "reduction of the root", _at_root(s)
     yield "update", _at_update(s)
-
-
-@dataclass(frozen=True)
-class How:
-    """What decoder layers and head run on.
-
-    Attributes:
-        gpu: attention gives its output in the layout that its reader takes; a CPU's is copied.
-        compiled: by inductor, whose backward makes elementwise values again unless a matrix product reads them.
-        lora, norm_rope, glu: the fused operations of `rayft_kernels`.
-        lean: the gradient of a trained head on a GPU is made without a float32 sum.
-    """
-
-    gpu: bool
-    compiled: bool = False
-    lora: bool = False
-    norm_rope: bool = False
-    glu: bool = False
-    lean: bool = False
-
-
-def how_of(cfg: AnyRun, device: str) -> How:
-    """What a family that can have every fused operation runs on."""
-
-    def used(setting: str) -> bool:
-        return setting == "on" or (setting == "auto" and device == "cuda")
-
-    kernels, lora = cfg.kernels, cfg.adapter.type == "lora" and used(cfg.kernels.lora)
-    lean = kernels.linear_cross_entropy == "lean"
-    return How(device == "cuda", cfg.parallel.compile, lora, used(kernels.norm_rope), used(kernels.glu) and not lora, lean)
-
-
-def layer_activations(layer: LayerShape, hidden: int, compute: int, adapter: Adapter, how: How) -> int:
-    """Bytes per token that autograd keeps of one decoder layer.
-
-    A linear layer keeps its input when its weight or an adapter on it is trained; behind dropout the adapter keeps another.
-    """
-    queries, keys = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-    sizes = linears(layer, hidden)
-    # Compiled layers keep the residual stream before each norm, and what matrix products of the backward read; nothing else.
-    norms = 2 * compute * hidden if how.compiled else layer.norms * _norm(hidden, compute, adapter)
-    if layer.qk_norm:
-        low = how.compiled or how.norm_rope
-        norms += compute * (queries + keys) if low else _norm(queries, compute, adapter) + _norm(keys, compute, adapter)
-    # Norm outputs are the inputs of q, k, v and of gate, up; a norm over queries or keys gives what attention keeps anyway.
-    kept = {"self_attn.q_proj": hidden, "self_attn.o_proj": 0 if how.gpu else queries, "mlp.up_proj": hidden, "mlp.down_proj": layer.mlp}
-    if how.lora:
-        kept["mlp.down_proj"] = 0
-        kept["mlp.up_proj"] = 0 if how.compiled else hidden
-    inputs = compute * sum(size for name, size in kept.items() if name in sizes and (how.lora or _keeps_input(name, adapter)))
-    # The gate before and, unless fused, after its activation, and what it multiplies; without a gate, the value before its activation.
-    halves = 2 if how.compiled or how.lora or how.glu else 3
-    inner = compute * (halves if layer.gated else 1) * layer.mlp
-    ranks = _adapter_activations(sizes, compute, adapter, masks=not how.lora)
-    return norms + attention_activations(layer, compute) + inputs + inner + ranks + layer.active * _expert(layer, hidden, compute)
-
-
-def attention_activations(layer: LayerShape, compute: int) -> int:
-    """Bytes per token of attention alone: queries, keys, values, output, and a statistic a head; scores are never kept."""
-    return 2 * compute * (layer.heads + layer.kv_heads) * layer.head_dim + FLOAT32 * layer.heads
-
-
-def _norm(size: int, compute: int, adapter: Adapter) -> int:
-    """Bytes per token of an RMS norm: its input in float32 and, when its weight is trained, the normalised value."""
-    return FLOAT32 * size + (compute * size if adapter.type == "none" else 0)
-
-
-_SHARED_INPUT = {"self_attn.q_proj": ("self_attn.k_proj", "self_attn.v_proj"), "mlp.up_proj": ("mlp.gate_proj",)}
-
-
-def _keeps_input(name: str, adapter: Adapter) -> bool:
-    if adapter.type == "none":
-        return True
-    readers = (name, *_SHARED_INPUT.get(name, ()))
-    return adapter.dropout == 0 and any(is_target(f"model.layers.0.{reader}", adapter.targets) for reader in readers)
-
-
-def _adapter_activations(sizes: dict[str, tuple[int, int]], compute: int, adapter: Adapter, *, masks: bool) -> int:
-    """Per token: the value between the two low-rank matrices, and with dropout, unless fused, its mask and what it lets through."""
-    if adapter.type == "none":
-        return 0
-    adapted = [inputs for name, (inputs, _) in sizes.items() if is_target(f"model.layers.0.{name}", adapter.targets)]
-    dropout = (1 + compute) * sum(adapted) if masks and adapter.dropout > 0 else 0
-    return compute * adapter.r * len(adapted) + dropout
-
-
-def _expert(layer: LayerShape, hidden: int, compute: int) -> int:
-    """Per token and visited expert: input, output before weighting, and the inner values."""
-    return compute * (2 * hidden + (4 if layer.gated else 2) * layer.expert_width)
-
-
-def _activation_gradients(layer: LayerShape, hidden: int, tokens: int, compute: int) -> int:
-    """Gradients of a layer's values at the widest point of its backward: three of the MLP's width, two of the hidden size."""
-    return compute * tokens * (3 * (layer.mlp + layer.active * layer.expert_width) + 2 * hidden)
-
-
-def loss_bytes(shape: ModelShape, tokens: int, compute: int, *, head_trained: bool, gpu: bool, lean: bool) -> int:
-    """Bytes of the head operation, all tokens being trained: their hidden states and gradients, logits of a chunk, head gradient."""
-    rows = 2 * compute * tokens * shape.hidden
-    head = shape.hidden * shape.vocab if head_trained else 0
-    if gpu and not shape.softcap:
-        dtype = torch.bfloat16 if compute < FLOAT32 else torch.float32
-        inside = weighted_nll_bytes(tokens, shape.hidden, shape.vocab, dtype, head_trained=head_trained, lean=lean)
-        if lean:
-            return rows + inside + compute * head
-        return rows + max(inside, (FLOAT32 + compute) * head)  # the sum of the head's gradient is rounded after the chunks are gone
-    chunk = chunk_rows(tokens, shape.vocab)
-    logits = FLOAT32 * shape.vocab * chunk * (2 if shape.softcap else 1)
-    # Beside the logits, first the temporary of logsumexp; then their gradient in compute precision and, for the head's gradient, in
-    # float32 again with this chunk's part. The sum of those parts is float32.
-    rounded = logits * compute // FLOAT32 if compute < FLOAT32 else 0
-    widened = logits + FLOAT32 * chunk * shape.hidden if rounded and head_trained else 0
-    return rows + logits + max(logits, rounded + widened + FLOAT32 * head) + FLOAT32 * head

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from rayft.config.schema import GrpoRun
+from rayft.config.schema.online import Rollout
 from rayft.errors import ResourceError
 from rayft.models.load import compute_dtype
 from rayft.observe.flops import ModelShape
@@ -18,8 +19,10 @@ from rayft.parallel.memory import RUNTIME_BYTES, MemoryPlan, estimate
 GIB = 2**30
 TRAINER_PART = 0.49
 """Most of a card's memory that a worker takes when an engine is on it too; the engine has the rest."""
-ENGINE_TOKENS, ENGINE_REQUESTS = 8192, 64
-"""Tokens that vLLM computes at once on a large card, and requests whose next token is drawn at once."""
+ENGINE_TOKENS = 8192
+"""Tokens that vLLM computes at once on a large card."""
+MOST_REQUESTS = {"cpu": 64, "cuda": 1024}
+"""Most requests that an engine computes at once, on GPUs as vLLM has it on large cards; what a step has beyond waits in the engine."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class OnlinePlan:
 
     trainer: MemoryPlan
     engine: dict[str, int]
+
+
+def requests_at_once(rollout: Rollout, device: str) -> int:
+    """Requests that an engine computes at once: its part of a step, since a batch waits for its last answer."""
+    return min(-(-rollout.prompts_per_step // rollout.engines) * rollout.group_size, MOST_REQUESTS[device])
 
 
 def estimate_online(shape: ModelShape, cfg: GrpoRun, device: str) -> OnlinePlan:
@@ -55,7 +63,7 @@ def estimate_online(shape: ModelShape, cfg: GrpoRun, device: str) -> OnlinePlan:
     engine = {
         "weights": compute * shape.parameters // cfg.rollout.tensor_parallel,
         "key-value cache": int(cfg.rollout.kv_cache_gib * GIB) if cfg.rollout.engine == "vllm" else 0,
-        "activations": compute * ENGINE_TOKENS * (widest + 3 * shape.hidden) + 2 * 4 * ENGINE_REQUESTS * shape.vocab,
+        "activations": compute * ENGINE_TOKENS * (widest + 3 * shape.hidden) + 2 * 4 * requests_at_once(cfg.rollout, device) * shape.vocab,
         "runtime": RUNTIME_BYTES[device],
     }
     return OnlinePlan(trainer, engine)

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, SupportsFloat, TypeAlias
 
 from rayft.data.chat import Message
 from rayft.errors import RayftError
@@ -103,7 +103,7 @@ class Episode:
             EnvironmentFailed: it raised, was too slow, or gave something else than an observation with a finite reward.
         """
         seen = await self._call(self._environment.step, text)
-        if not isinstance(seen, Observation) or not math.isfinite(seen.reward):
+        if not isinstance(seen, Observation) or not isinstance(seen.reward, SupportsFloat) or not math.isfinite(seen.reward):
             raise self._failed(f"must answer with an Observation whose reward is a finite number, and gave {seen!r:.200}")
         return seen
 

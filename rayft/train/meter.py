@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rayft.models.experts import is_wrapper
 from rayft.models.load import is_adapter
 from rayft.observe import flops
 from rayft.types import Batch, Session
@@ -27,7 +28,7 @@ class Meter:
     def __init__(self, config: Any, session: Session, parts: Sequence[Any]) -> None:
         self.session = session
         self.shape = flops.shape_of(config)
-        self.adapter_parameters = _adapter_parameters(parts)
+        self.adapter_parameters = _adapter_parameters(parts, getattr(config, "num_experts_per_tok", None) or 1)
         self.peak = flops.peak_flops(torch.cuda.get_device_name()) if session.device.startswith("cuda") else None
         self.began: float | None = None
         self.excluded = 0.0
@@ -72,7 +73,16 @@ class Meter:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
-def _adapter_parameters(parts: Sequence[Any]) -> int | None:
-    """Weights of the low-rank adapters, or None when the base is trained."""
-    count = sum(p.numel() for part in parts for name, p in part.named_parameters() if is_adapter(name))
+def _adapter_parameters(parts: Sequence[Any], top_k: int) -> int | None:
+    """Weights of the low-rank adapters that a token meets, of experts those of `top_k`; None when the base is trained."""
+    stacked = {
+        parameter: wrapper.num_experts
+        for part in parts
+        for wrapper in part.modules()
+        if is_wrapper(wrapper)
+        for factors in (wrapper.lora_A, wrapper.lora_B)
+        for parameter in factors.parameters()
+    }
+    adapters = (parameter for part in parts for name, parameter in part.named_parameters() if is_adapter(name))
+    count = sum(p.numel() * top_k // stacked[p] if p in stacked else p.numel() for p in adapters)
     return count or None

@@ -116,8 +116,7 @@ class OnlineTrainer:
 
     def learned(self) -> bool:
         """Whether the reward on held-out prompts no longer rises; the same on every rank, each of which must ask."""
-        patience = self.cfg.eval.patience
-        return patience is not None and from_rank_0(self.journal.best.since >= patience)
+        return self.cfg.eval.patience is not None and from_rank_0(settled(self.journal, self.cfg.eval.patience))
 
     def steps(self) -> Iterator[tuple[int, list[Prepared]]]:
         """(step, what to compute for each of its updates), from the restored step to the last one, or to a stop; then saves."""
@@ -184,11 +183,12 @@ class OnlineTrainer:
                 return order, groups
 
     def _record(self, order: Order) -> None:
-        """Log what came with an order: figures of rollouts, and evaluations, of which some may be known."""
+        """Log what came with an order: evaluations, of which some may be known, and figures of the rollouts of a step to be taken."""
         metric = self.journal.goal.metric
-        for step, values in order.records:
+        for step, values in sorted(order.records, key=lambda record: metric not in record[1]):
             if metric not in values:
-                self.journal.write(step, values)
+                if not settled(self.journal, self.cfg.eval.patience):
+                    self.journal.write(step, values)
             elif step not in self.journal.evaluated:
                 self.journal.add_evaluation(step, values)
                 self.event("evaluated", step, reward=values[metric], values=values)
@@ -231,6 +231,11 @@ class OnlineTrainer:
         self.saved_step = self.step
         self.meter.exclude(seconds)
         self.journal.write(self.step, {"checkpoint/stage_s": seconds})
+
+
+def settled(journal: Journal, patience: int | None) -> bool:
+    """Whether as many evaluations as `patience` in a row were no better than the best before them; known to rank 0, which has them."""
+    return patience is not None and journal.best.since >= patience
 
 
 def mean_over_updates(updates: Sequence[tuple[Metrics, Tensor, Tensor]]) -> dict[str, float]:

@@ -193,4 +193,3 @@ class Trainer:
             for prompt, text in zip(prompts, texts, strict=True):
                 log.info("sample at step %d: %r -> %r", self.step, prompt, text)
         self.event("sampled", self.step, prompts=prompts, texts=texts)
-

@@ -1,7 +1,7 @@
 """Time of a GRPO step, trainer and vLLM on one card or on cards of their own: one JSON line.
 
-    bench_grpo.py [--prompts 32] [--group 8] [--tokens 512] [--steps 8] [--staleness 0] [--separate] [--micro-tokens 16384] [--tiny]
-                  [--folder KEPT]
+    bench_grpo.py [--prompts 32] [--group 8] [--tokens 512] [--steps 8] [--staleness 0] [--separate] [--eager] [--tiny]
+                  [--micro-tokens 16384] [--kv-gib 22] [--folder KEPT]
 
 A body of Qwen3-0.6B with the vocabulary of SmolLM2 and drawn weights, prompts of 150 random words, answers of `tokens` each, but for
 the one in a hundred that draws the end token. TOKENIZER is a folder with a tokenizer of at most 49,152 tokens; without it, one is fitted to
@@ -95,7 +95,7 @@ def configuration(args: argparse.Namespace, folder: Path) -> GrpoRun:
             f"rollout.engine={'local' if args.tiny else 'vllm'}",
             f"rollout.prompts_per_step={args.prompts}", f"rollout.group_size={args.group}",
             f"rollout.max_prompt_tokens={256 if args.tiny else 480}", f"rollout.max_tokens={args.tokens}",
-            f"rollout.max_staleness={args.staleness}", f"rollout.kv_cache_gib={args.kv_gib}",
+            f"rollout.eager={str(args.eager).lower()}", f"rollout.max_staleness={args.staleness}", f"rollout.kv_cache_gib={args.kv_gib}",
             f"placement.mode={'separate' if args.separate or args.tiny else 'colocated'}", f"batch.micro_tokens={args.micro_tokens}",
             "optim.lr=1e-6", f"parallel.compile={str(not args.tiny).lower()}", "export.at_end=false",
         ],
@@ -109,7 +109,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--kv-gib", type=float, default=22.0)
     parser.add_argument("--folder", help="where the run's inputs and directory are kept")
-    for name in ("separate", "tiny"):
+    for name in ("separate", "eager", "tiny"):
         parser.add_argument(f"--{name}", action="store_true")
     args = parser.parse_args()
     if args.tiny:

@@ -80,7 +80,8 @@ class Bench:
         self.model = write_model(folder / "model", layers)
         print(f"     model written in {time.monotonic() - began:.1f} s", flush=True)
         began = time.monotonic()
-        options = EngineOptions(folder / "model", context=2048, kv_cache_bytes=int(kv_gib * 2**30), version="1.0", deadline_s=60, eager=False)
+        cache = int(kv_gib * 2**30)
+        options = EngineOptions(folder / "model", context=2048, kv_cache_bytes=cache, version="1.0", deadline_s=60, eager=False)
         self.thread = EngineThread(options, start_s=300)
         self.children = list(self.thread.engine._children)
         print(f"     engine started in {time.monotonic() - began:.1f} s", flush=True)
@@ -175,8 +176,8 @@ class Bench:
 
     def crosses(self) -> tuple[bool, str]:
         """A push while requests run: spans on both sides of it, each alike its own model."""
-        drawing = self.draw(8, 400)
-        time.sleep(2.0)
+        drawing = self.draw(8, 1500)
+        time.sleep(1.0)
         running = self.thread.call("load").result(10)
         import copy
 

@@ -79,6 +79,7 @@ def test_plain_and_async_environments_are_closed_once_and_keep_to_their_place() 
         (Plain(answer=KeyError("x")), "environment: prompt 0-7: step raised KeyError: 'x'. The prompt is asked again"),
         (Plain(answer=TimeoutError("mine")), "step raised TimeoutError: mine"),
         (Plain(answer="text"), "must answer with an Observation whose reward is a finite number, and gave 'text'"),
+        (Plain(answer=Observation(reward=None)), "must answer with an Observation whose reward is a finite number"),  # type: ignore[arg-type]
         (Plain(answer=Observation(reward=float("nan"))), "must answer with an Observation whose reward is a finite number"),
     ],
 )

@@ -19,6 +19,7 @@ from rayft.models.load import named_trainable
 from rayft.observe.flops import ModelShape, shape_of
 from rayft.optim.build import build_optimizer
 from rayft.parallel import memory
+from rayft.parallel.activation_memory import How, layer_activations, loss_bytes
 from rayft.parallel.mesh import build_mesh
 from rayft.train.build import build_model
 from rayft.train.step import forward_backward, update
@@ -194,7 +195,7 @@ def test_a_lean_loss_saves_the_float32_sum_of_a_trained_head() -> None:
     """On a GPU: 4 bytes for each of its weights, and what chunks of the fast way take beyond those of the lean one."""
     found = shape()
     for tokens, trained in ((256, True), (4096, True), (4096, False)):
-        fast, lean = (memory.loss_bytes(found, tokens, 2, head_trained=trained, gpu=True, lean=on) for on in (False, True))
+        fast, lean = (loss_bytes(found, tokens, 2, head_trained=trained, gpu=True, lean=on) for on in (False, True))
         sizes = (tokens, found.hidden, found.vocab, torch.bfloat16)
         inside = chunks.weighted_nll_bytes(*sizes, head_trained=trained, lean=True)
         head = found.hidden * found.vocab if trained else 0
@@ -202,7 +203,7 @@ def test_a_lean_loss_saves_the_float32_sum_of_a_trained_head() -> None:
         assert inside <= chunks.LEAN_BYTES
         assert lean <= fast if not trained else lean < fast
     big = replace(found, hidden=2048, vocab=128256)
-    fast, lean = (memory.loss_bytes(big, 8192, 2, head_trained=True, gpu=True, lean=on) for on in (False, True))
+    fast, lean = (loss_bytes(big, 8192, 2, head_trained=True, gpu=True, lean=on) for on in (False, True))
     assert fast - lean == pytest.approx(4 * 2048 * 128256 - chunks.LEAN_BYTES, rel=0.2)
 
 
@@ -280,3 +281,82 @@ def test_adapters_are_counted_as_peft_makes_them(fields: dict[str, Any], copied:
     assert weights.adapter == sum(count for name, count in trained.items() if ".lora_" in name)
     assert weights.copied == sum(count for name, count in trained.items() if "modules_to_save" in name) == copied
     assert weights.head_trained == bool(copied)
+
+
+def sparse_config() -> Any:
+    return real_config(
+        "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, mlp_only_layers=[0], num_hidden_layers=3
+    )
+
+
+def test_adapters_of_experts_are_counted_as_peft_makes_them() -> None:
+    """With their gradients and states; and the plan of a GPU grows by what they take."""
+    from transformers import AutoModelForCausalLM
+
+    from rayft.models.adapt import adapt
+
+    dense, found = Adapter(type="lora", r=4, targets=("q_proj",)), shape_of(sparse_config())
+    assert found is not None
+    for stacks, sizes in ((("experts.gate_up_proj",), 128 + 2 * 48), (("experts.gate_up_proj", "experts.down_proj"), 2 * 128 + 3 * 48)):
+        adapter = dense.model_copy(update={"target_parameters": stacks})
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(sparse_config())
+        adapt(model, adapter, seed=0)
+        weights, without = memory.weights_of(found, adapter), memory.weights_of(found, dense)
+        assert weights.adapter == sum(parameter.numel() for _, parameter in named_trainable(model))
+        more = 4 * 4 * sizes
+        assert [a - b for a, b in zip(weights.layers, without.layers, strict=True)] == [0, more, more]
+        plans = [memory.estimate(found, run(adapter=chosen), "cuda").parts for chosen in (adapter, dense)]
+        assert plans[0]["parameters"] - plans[1]["parameters"] == 4 * 2 * more
+        assert plans[0]["optimizer states"] - plans[1]["optimizer states"] == 8 * 2 * more
+
+
+def test_experts_that_are_unfrozen_are_trained() -> None:
+    found = shape_of(sparse_config())
+    assert found is not None
+    one = memory.weights_of(found, Adapter(), [r"model\.layers\.1\.mlp\.experts\.down_proj"])
+    assert one.layers == (0, 4 * 48 * 128, 0)
+
+
+def test_wide_heads_take_a_workspace_in_the_backward_of_attention() -> None:
+    """Within WORKSPACE bytes of scores; none where heads are small, on a CPU, or where flex is asked for."""
+    base = shape()
+    wide = replace(base, vocab=16, layers=tuple(replace(layer, heads=8, kv_heads=2, head_dim=512, mlp=64) for layer in base.layers))
+    wanted = {"data": {"train": {"a": {"path": "none"}}, "seq_len": 8192}, "adapter": Adapter(type="lora", r=1)}
+    full = {"activation_checkpointing": "full"}
+    found = memory.estimate(wide, run(**wanted, parallel=Parallel(**full)), "cuda")
+    flex = memory.estimate(wide, run(**wanted, parallel=Parallel(attention="flex", **full)), "cuda")
+    assert found.moment.startswith("attention in the backward")
+    assert found.total - flex.total > 200 << 20
+    on_cpu = memory.estimate(wide, run(**wanted, parallel=Parallel(**full)), "cpu")
+    assert not on_cpu.moment.startswith("attention")
+
+
+def test_fused_experts_are_planned_with_what_autograd_keeps_of_them() -> None:
+    """But for what a few numbers of a row take: its weight and its places."""
+    from rayft_kernels import ExpertAdapter, moe_lora
+
+    found = shape_of(sparse_config())
+    assert found is not None
+    layer, tokens, kept = found.layers[1], 64, 0
+    adapter = Adapter(type="lora", r=4, target_parameters=("experts.gate_up_proj", "experts.down_proj"))
+    low, high = torch.ones(4 * 4, 128), torch.ones(4 * 4, 48)
+    of_up, of_down = ((a.requires_grad_(), torch.ones(width, 4 * 4, requires_grad=True)) for a, width in ((low, 96), (high, 128)))
+    index = torch.arange(2 * tokens).view(tokens, 2) % 4
+    held = [torch.ones(4, 96, 128), torch.ones(4, 128, 48), *of_up, *of_down]
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += 0 if any(tensor is other for other in held) else tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        moe_lora(
+            torch.ones(tokens, 128), index, torch.ones(tokens, 2), held[0], held[1],
+            gate_up_adapter=ExpertAdapter(*of_up, 1.0), down_adapter=ExpertAdapter(*of_down, 1.0),
+        )  # fmt: skip
+    fused, plain = (How(gpu=True, lora=True, experts=on) for on in (True, False))
+    without = replace(layer, active=0)
+    sizes = [layer_activations(layer, 128, 4, adapter, how) - layer_activations(without, 128, 4, adapter, how) for how in (fused, plain)]
+    assert tokens * sizes[0] == pytest.approx(kept, rel=0.05)
+    assert sizes[0] < sizes[1] / 2

@@ -147,3 +147,15 @@ def test_stored_names_are_those_that_transformers_writes() -> None:
     assert stacked.not_understood(module) is None
     assert stacked.not_understood(model("mixtral", num_local_experts=3)) == "WeightRenaming"
     assert stacked.stored_names("model.norm.weight", 3, stacks) == []
+
+
+def test_flops_count_the_adapters_of_the_experts_that_a_token_visits() -> None:
+    """One query projection of a layer and 2 of 3 experts, of rank 2."""
+    from rayft.train.meter import Meter
+
+    module = model()
+    adapt.adapt(module, Adapter(type="lora", r=2, targets=("q_proj",), target_parameters=STACKS), seed=0)
+    session: Any = SimpleNamespace(device="cpu")
+    an_expert = 2 * (16 + 2 * 8) + 2 * (8 + 16)
+    assert Meter(module.config, session, [module]).adapter_parameters == 2 * (2 * (16 + 16) + 2 * an_expert)
+    assert Meter(module.config, session, [model()]).adapter_parameters is None

@@ -141,3 +141,36 @@ def test_engines_of_a_push_that_the_trainer_died_in_are_ended(start: Any, told: 
         assert (member.life == "life") == told
 
     asyncio.run(asyncio.wait_for(live(), 20))
+
+
+def test_a_lost_group_that_came_back_between_two_questions_is_not_made_once_more(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks repeat what they lost with every question until they have an order."""
+    held = asyncio.Event()
+    plain = Answers.ask
+
+    async def ask(self: Answers, prompt: Prompt, n: int, temperature: float) -> tuple[str, Any]:
+        if prompt.key.startswith("train"):
+            await held.wait()
+        return await plain(self, prompt, n, temperature)
+
+    async def live() -> None:
+        monkeypatch.setattr(Answers, "hold", False)
+        monkeypatch.setattr(Answers, "ask", ask)
+        held.set()
+        controller = start()
+        await controller.join(1, 0, 1)
+        await order(controller, 0, 0)
+        await controller.pushed(1, 0, ["life"], {})
+        assert (await order(controller, 0, 1)).kind == "batch"
+        held.clear()
+        assert await controller.order(1, 0, 2, 0, lost=[0]) is None, "it is being made again"
+        held.set()
+        while controller._journal.state.missing:
+            await asyncio.sleep(0.01)
+        again = await controller.order(1, 0, 2, 0, lost=[0])
+        assert again is not None and again.kind == "batch"
+        assert (tmp_path / "journal.jsonl").read_text().count('"event": "lost"') == 1
+
+    asyncio.run(asyncio.wait_for(live(), 20))

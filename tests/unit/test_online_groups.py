@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.exceptions import OwnerDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, OwnerDiedError, RayTaskError
 
 from rayft.actors.dispatch import Dispatch
 from rayft.actors.groups import Groups
@@ -188,6 +188,20 @@ def test_only_an_engine_that_is_broken_itself_is_ended(monkeypatch: pytest.Monke
     with pytest.raises(InfrastructureError, match="ended a request with 'abort'"):
         asyncio.run(dispatch.ask(Prompt("0-0", 0, (1,), {}), 2, 1.0))
     assert bool(killed) == ended and (member.life == "") == ended and member.running == 0
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_news_of_a_death_does_not_take_prompts_from_the_engine_that_came_after(monkeypatch: pytest.MonkeyPatch, restarted: bool) -> None:
+    class Late(TwoReturns):
+        def remote(self, *_: Any) -> Any:
+            if restarted:
+                member.life = "second"
+            return super().remote()
+
+    dispatch, member, _ = dispatch_with(monkeypatch, rollout=Late(ActorDiedError()))
+    with pytest.raises(InfrastructureError, match="died"):
+        asyncio.run(dispatch.ask(Prompt("0-0", 0, (1,), {}), 2, 1.0))
+    assert (member.life, member.version) == (("second", "1.0") if restarted else ("", ""))
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -56,6 +56,15 @@ def test_an_engine_holds_its_part_of_the_weights_and_its_cache(model: Path) -> N
     assert estimate_online(shape, plain, "cpu").engine["weights"] == 4 * shape.parameters
 
 
+@pytest.mark.parametrize(("prompts", "at_once"), [(4, 32), (32, 256), (512, 1024)])
+def test_an_engine_draws_for_all_its_requests_at_once(model: Path, prompts: int, at_once: int) -> None:
+    """Each in float32, before and after temperature; as many as the engine is started with."""
+    shape, one = run_of(model, "rollout.prompts_per_step=1", "rollout.group_size=8", "rollout.engines=1")
+    _, more = run_of(model, f"rollout.prompts_per_step={prompts}", "rollout.group_size=8", "rollout.engines=1")
+    plans = [estimate_online(shape, cfg, "cuda").engine["activations"] for cfg in (one, more)]
+    assert plans[1] - plans[0] == 2 * 4 * (at_once - 8) * shape.vocab
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("mode", ["separate", "colocated"])
 def test_what_does_not_fit_is_refused_with_a_setting_that_does(model: Path, device: str, mode: str) -> None:

@@ -189,6 +189,9 @@ def test_a_micro_batch_holds_the_answers_token_for_token() -> None:
                 batch = build(micro, dict(enumerate(groups)), budget=40, documents=update.documents, step=7)
                 assert batch.tokens.shape == (40,) and sum(batch.document_lengths) == 40
                 check_answers(batch, micro, groups)
+                whole = build(micro, dict(enumerate(groups)), budget=60, documents=update.documents, step=7, whole=True)
+                assert whole.tokens.shape == (60,) and whole.cu_seqlens.shape == batch.cu_seqlens.shape
+                check_answers(whole, micro, groups)
                 seen |= {(answer.group, answer.place) for answer in micro}
     assert seen == {(g, a) for g in range(3) for a in range(4)}
     assert {a.group for rank in first.micro for m in rank for a in m} & {a.group for rank in second.micro for m in rank for a in m} == set()

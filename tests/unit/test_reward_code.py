@@ -79,7 +79,11 @@ def test_the_last_block_of_python_counts(text: str, found: str | None) -> None:
     assert code.program(text) == found
 
 
-@pytest.mark.parametrize("tests", [None, [], "[", "{}", 5, [5], [{"input": "1"}], {"inputs": ["1"], "outputs": []}], ids=repr)
+@pytest.mark.parametrize(
+    "tests",
+    [None, [], "[", "{}", 5, [5], [{"input": "1"}], {"inputs": ["1"], "outputs": []}, [{"input": 5, "output": 5, "fn_name": "f"}]],
+    ids=repr,
+)
 def test_a_row_without_usable_tests_is_an_error(tests: object) -> None:
     with pytest.raises(DataError, match="tests"):
         code.reward("", "no program at all", {"tests": tests})
@@ -109,6 +113,7 @@ ATTACKS = {
     "exits early": "raise SystemExit",
     "exits silently": "import os\nos._exit(0)",
     "kills its parents": "import os\nos.kill(-1, 9)",
+    "forges its end": "import os\nos.write(100, b'true')\nos._exit(0)",
     "raises": "1 / 0",
     "no Python": "def",
 }
@@ -122,6 +127,21 @@ def test_what_is_not_an_answer_has_zero_in_time_and_leaves_nothing(name: str) ->
     assert value == 0.0
     assert time.monotonic() - start < sandbox.WALL * LIMITS.cpu_s + SLACK_S
     assert children(os.getpid()) == [] and set(Path("/tmp").glob("rayft-code-*")) <= before
+
+
+@needs_namespaces
+@pytest.mark.parametrize("digits", [1, 5000])
+def test_a_result_that_cannot_be_read_is_wrong_and_no_error(digits: int) -> None:
+    source = f"import sys\nsys.set_int_max_str_digits(0)\ndef f(): return 10 ** {digits}\n"
+    assert code.reward("", answer(source), {"tests": [{"input": [], "output": 1, "fn_name": "f"}]}) == 0.0
+
+
+@needs_namespaces
+@pytest.mark.skipif(os.geteuid() != 0, reason="older kernels let root alone limit segments")
+def test_a_program_has_no_memory_that_outlives_it() -> None:
+    script = "import ctypes\nprint(ctypes.CDLL(None).shmget(0, 4096, 0o1777))"
+    (outcome,) = run([Program(script)], LIMITS)
+    assert outcome.out == "-1\n"
 
 
 @needs_namespaces

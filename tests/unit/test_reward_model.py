@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
 
+from rayft.config.environment import Credentials
 from rayft.config.load import load
 from rayft.config.schema import GrpoRun, RewardModel
-from rayft.errors import ConfigError, DataError, ResourceError
+from rayft.errors import ConfigError, DataError, RayftError, ResourceError
 from rayft.models.scoring import ChatScorer
 from tiny import tiny_tokenizer
 
@@ -115,3 +118,31 @@ def test_models_that_never_fit_are_refused(overrides: list[str], device: str, re
         return check_room(cfg, device, resources)
     with pytest.raises(ResourceError, match=re.escape(f"reward.functions.r.{sentence}")):
         check_room(cfg, device, resources)
+
+
+@pytest.mark.parametrize(
+    ("problem", "sentence"),
+    [
+        (ActorDiedError(), r"reward model = 'r': died while it was loaded \(ActorDiedError\)"),
+        (GetTimeoutError(), "rollout.start_s = 600.0: reward models were not loaded within 600 s"),
+        (RayTaskError("start", "", ConfigError("model", None, "is none", "Name one")), "model: is none"),
+    ],
+)
+def test_a_model_that_does_not_come_up_ends_the_run_with_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, problem: Exception, sentence: str
+) -> None:
+    from rayft.actors import reward_model
+
+    def never(*_: Any, **__: Any) -> None:
+        raise problem
+
+    actor = MagicMock()
+    killed: list[Any] = []
+    for name, stand_in in (("remote", actor), ("get", never), ("kill", killed.append), ("cluster_resources", lambda: {"CPU": 4.0})):
+        monkeypatch.setattr(reward_model.ray, name, stand_in)
+    base = ["method=grpo", "run.name=a", "model.path=m", "data.train.a.path=x", "reward.functions.r.model.path=m"]
+    cfg = load([], [*base, "reward.functions.r.model.gpus=0"])
+    assert isinstance(cfg, GrpoRun)
+    with pytest.raises(RayftError, match=sentence), reward_model.open_models(cfg, "d", "cpu", {}, Credentials({}, {})):
+        pass
+    assert len(killed) == 1

@@ -28,10 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rayft_kernels.attention.parts import NO_WINDOW, VARYING, highest, load_rows, lowest, roomy, store_rows, to_log2
-
-WORKSPACE = 2**28
-LEAST_ROWS = 4096
-"""Rows of all heads together in a chunk, so that each launch has programs for the whole card."""
+from rayft_kernels.attention.workspace import TILES, extent
 
 
 @dataclass(frozen=True)
@@ -66,18 +63,18 @@ class Backward:
 
 
 HALF = (
-    Forward(128, 128, Product(64, 0, 8, 3), Product(64, 256, 8, 3)),
-    Backward(128, 128, Product(64, 0, 8, 3), Product(64, 256, 8, 3), Product(64, 256, 8, 3)),
+    Forward(TILES[2], TILES[2], Product(64, 0, 8, 3), Product(64, 256, 8, 3)),
+    Backward(TILES[2], TILES[2], Product(64, 0, 8, 3), Product(64, 256, 8, 3), Product(64, 256, 8, 3)),
 )
 """For types of 16 bits, from `kernels/bench/gpu_k4.py`."""
 SMALL = (
-    Forward(128, 128, Product(64, 0, 8, 2), Product(64, 128, 8, 2)),
-    Backward(128, 128, Product(64, 0, 8, 2), Product(64, 128, 8, 2), Product(64, 128, 8, 2)),
+    Forward(TILES[2], TILES[2], Product(64, 0, 8, 2), Product(64, 128, 8, 2)),
+    Backward(TILES[2], TILES[2], Product(64, 0, 8, 2), Product(64, 128, 8, 2), Product(64, 128, 8, 2)),
 )
 """The same within 99 KB of shared memory."""
 SINGLE = (
-    Forward(32, 32, Product(32, 0, 4, 1), Product(32, 64, 4, 1)),
-    Backward(32, 32, Product(32, 0, 4, 1), Product(32, 64, 4, 1), Product(32, 64, 4, 1)),
+    Forward(TILES[4], TILES[4], Product(32, 0, 4, 1), Product(32, 64, 4, 1)),
+    Backward(TILES[4], TILES[4], Product(32, 0, 4, 1), Product(32, 64, 4, 1), Product(32, 64, 4, 1)),
 )
 """For float32, which is for checks."""
 
@@ -263,13 +260,8 @@ class Chunk:
 
 
 def chunks(tokens: int, heads: int, tiles: Forward | Backward, bytes_per_score: int, span: int) -> list[Chunk]:
-    """The rows in chunks of one height, whole tiles, within WORKSPACE, where no row sees more than `span` keys.
-
-    The keys of a tile of rows are at most span + rows - 1, and lie in one tile of keys more than these fill.
-    """
-    width = min(triton.cdiv(tokens, tiles.keys), triton.cdiv(span + tiles.rows, tiles.keys) + 1) * tiles.keys
-    wanted = max(WORKSPACE // (heads * width * bytes_per_score), LEAST_ROWS // heads) // tiles.rows * tiles.rows
-    height = min(max(wanted, tiles.rows), triton.cdiv(tokens, tiles.rows) * tiles.rows)
+    """The rows in chunks of one height, whole tiles, within `workspace.WORKSPACE`, where no row sees more than `span` keys."""
+    height, width = extent(tokens, heads, tiles.rows, tiles.keys, bytes_per_score, span)
     found = []
     for begin in range(0, tokens, height):
         end = min(begin + height, tokens)

@@ -7,6 +7,10 @@ is split over programs: each is made by one program in one order, which keeps ev
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +18,9 @@ from torch import Tensor
 
 from rayft_kernels.glu.triton import ACTIVATIONS, _gate
 from rayft_kernels.moe_lora.routing import TILE
+
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
 
 PRODUCT = (256, 64, 8, 3)
 """Columns and depth of a product's block of TILE rows, warps, stages, where a multiprocessor has the memory for it."""
@@ -225,6 +232,18 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def _on_its_device(launch: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Concatenate[Tensor, Rest], Result]:
+    """Triton launches on the current device, which need not be the tensors'."""
+
+    @wraps(launch)
+    def launched(x: Tensor, /, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            return launch(x, *args, **kwargs)
+
+    return launched
+
+
+@_on_its_device
 def low(x: Tensor, factor: Tensor, order: Tensor, tiles: Tensor, scale: float, gather: int) -> Tensor:
     """`steps.low`."""
     x = _dense(x)
@@ -245,6 +264,7 @@ def _product_block(x: Tensor, rank: int) -> tuple[int, int, int, int]:
     return PRODUCT if rank <= 64 and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9 else SMALL_PRODUCT
 
 
+@_on_its_device
 def product(x: Tensor, weight: Tensor, low: Tensor | None, factor: Tensor | None, order: Tensor, tiles: Tensor, gather: int) -> Tensor:
     """`steps.product`."""
     x = _dense(x)
@@ -262,6 +282,7 @@ def product(x: Tensor, weight: Tensor, low: Tensor | None, factor: Tensor | None
     return out
 
 
+@_on_its_device
 def activate(gate_up: Tensor, factor: Tensor | None, tiles: Tensor, scale: float, activation: str) -> tuple[Tensor, Tensor]:
     """`steps.activate`."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -275,6 +296,7 @@ def activate(gate_up: Tensor, factor: Tensor | None, tiles: Tensor, scale: float
     return h, out
 
 
+@_on_its_device
 def activate_backward(
     dh: Tensor, gate_up: Tensor, weights: Tensor, factor: Tensor | None, tiles: Tensor, scale: float, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -291,6 +313,7 @@ def activate_backward(
     return d_gate_up, dweight, out, h
 
 
+@_on_its_device
 def gram(left: Tensor, right: Tensor, order: Tensor, ends: Tensor, gather_left: int, gather_right: int, dtype: torch.dtype) -> Tensor:
     """`steps.gram`."""
     left, right = _dense(left), _dense(right)
@@ -305,13 +328,14 @@ def gram(left: Tensor, right: Tensor, order: Tensor, ends: Tensor, gather_left: 
     return out
 
 
+@_on_its_device
 def combine(y: Tensor, place: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
     """`steps.combine`."""
     tokens, width = place.numel() // top_k, y.shape[1]
-    out = y.new_empty(tokens, width)
+    out, factors = y.new_empty(tokens, width), y if weights is None else weights.contiguous()
     block = min(1024, triton.next_power_of_2(width))
     if tokens:
         _combine[(tokens, triton.cdiv(width, block))](
-            y, place, y if weights is None else weights, out, width, TOP_K=top_k, WEIGHTED=weights is not None, BH=block, num_warps=4
+            y, place, factors, out, width, TOP_K=top_k, WEIGHTED=weights is not None, BH=block, num_warps=4
         )
     return out

@@ -40,9 +40,7 @@ class Rollout(Section):
         1, description="Steps that the weights behind any token may be older than those that it trains; 0 is strictly on-policy."
     )
     kv_cache_gib: PositiveFloat = Field(4.0, description="Memory of an engine's key-value cache on each of its devices.")
-    eager: Bool = Field(
-        False, description="Run vLLM on GPUs without CUDA graphs: it starts sooner and generates slower."
-    )
+    eager: Bool = Field(False, description="Run vLLM on GPUs without CUDA graphs: it starts sooner and generates slower.")
     deadline_s: PositiveFloat = Field(600.0, description="Longest time for a group's answers; then they are asked for again.")
     health_s: PositiveFloat = Field(
         30.0, description="Longest time that an engine may leave a question about its state unanswered before it is restarted."

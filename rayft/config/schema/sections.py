@@ -240,7 +240,8 @@ class Checkpoint(Section):
     every: PositiveInt | None = Field(None, description="Steps between checkpoints; null saves only at the end.")
     keep: PositiveInt = Field(2, description="Checkpoints to keep; older ones are deleted once a newer one is committed.")
     keep_best: Bool = Field(
-        False, description="Keep the checkpoint of the best evaluation beside the others: lowest eval/loss, saved when it is found, or highest eval/reward, for which every step that is evaluated is saved."
+        False,
+        description="Keep the checkpoint of the best evaluation beside the others: lowest eval/loss, saved when it is found, or highest eval/reward, for which every step that is evaluated is saved.",
     )
     trigger: Bool = Field(
         True, description="Save at the next step when a file CHECKPOINT_NOW appears in the run's directory; it is looked for once a second."
