@@ -237,7 +237,7 @@ def _on_its_device(launch: Callable[Concatenate[Tensor, Rest], Result]) -> Calla
 
     @wraps(launch)
     def launched(x: Tensor, /, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
-        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call, unused-ignore]
             return launch(x, *args, **kwargs)
 
     return launched
