@@ -11,7 +11,8 @@ CPU_TORCH := torch==2.13.0+cpu
 # The one that torch's GPU build of that version brings along; tests run the kernels in its interpreter.
 CPU_TRITON := triton==3.7.1
 CPU_INDEX := https://download.pytorch.org/whl/cpu
-SUITES := rules unit numerics parity golden integration
+# The suites that start no cluster run in two processes, which two cores are enough for.
+SUITES := rules unit numerics parity golden
 
 .DEFAULT_GOAL := help
 .PHONY: help env test test-faults test-rollout demo demo-grpo lint typecheck bench check-torch env-rollout-cpu clean
@@ -35,7 +36,8 @@ $(INSTALLED): pyproject.toml setup.py
 	@touch $@
 
 test: env ## Run every suite but the fault tests (at most 15 minutes on 2 cores)
-	$(PY) -m pytest $(wildcard $(SUITES:%=tests/%)) $(ARGS)
+	$(PY) -m pytest -n 2 $(SUITES:%=tests/%) $(ARGS)
+	$(PY) -m pytest tests/integration $(ARGS)
 
 test-faults: env ## Kill workers, engines and drivers of running jobs
 	$(PY) -m pytest --timeout=600 tests/faults $(ARGS)

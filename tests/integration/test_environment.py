@@ -59,7 +59,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"path": str(folder / "model"), "init": "random"},
         "data": {"train": {"boxes": {"path": str(folder / "train.jsonl")}}},
         "environment": {"function": "tools", "tools": [f"{folder}/user.py:look"], "max_turns": 2},
-        "rollout": {"engine": "local", "prompts_per_step": 4, "group_size": 6, "max_prompt_tokens": 16, "max_tokens": 64, "samples": 24},
+        "rollout": {"engine": "local", "prompts_per_step": 4, "group_size": 6, "max_staleness": 0, "samples": 24}
+        | {"max_prompt_tokens": 16, "max_tokens": 64},
         "reward": {"functions": {"red": {"function": f"{folder}/user.py:says_red"}}},
         "optim": {"lr": 1e-3},
         "parallel": {"device": "cpu"},
@@ -91,8 +92,7 @@ def test_a_tool_is_used_and_only_the_policys_tokens_are_trained(site: Path) -> N
     for step in (1, 2):
         assert 1 < steps[step]["rollout/turns"] < 2 and steps[step]["reward/part/environment"] == 0.0
         assert steps[step]["rollout/turns"] * 24 == pytest.approx(sum(turns[ordinal] for ordinal in batches[step]))
-        assert steps[step]["train/rollout_logprob_difference"] < 2e-2, "staleness apart, trainer and engine see the same tokens"
-    assert steps[1]["train/rollout_logprob_difference"] < 1e-4
+        assert steps[step]["train/rollout_logprob_difference"] < 1e-4, "trainer and engine see the same tokens"
     trace(cfg, 1, run_dir / "trace.json")
     events = json.loads((run_dir / "trace.json").read_text())["traceEvents"]
     assert {"trainer", "engine-0", "judges"} <= {event["args"].get("name") for event in events if event["ph"] == "M"}
