@@ -42,8 +42,8 @@ test: env ## Run every suite but the fault tests (at most 15 minutes on 2 cores)
 test-faults: env ## Kill workers, engines and drivers of running jobs
 	$(PY) -m pytest --timeout=600 tests/faults $(ARGS)
 
-test-rollout: env-rollout-cpu ## Run what needs vLLM: its engine as it is pushed to, and killed in a run
-	$(PY) -m pytest --timeout=600 tests/integration/test_vllm_engine.py tests/faults/test_grpo_vllm.py $(ARGS)
+test-rollout: env-rollout-cpu ## Run what needs vLLM: its engine as it is pushed to, used by a tool, and killed in a run
+	$(PY) -m pytest --timeout=600 tests/integration/test_vllm_engine.py tests/integration/test_vllm_environment.py tests/faults/test_grpo_vllm.py $(ARGS)
 
 demo: env ## Train a tiny model on made-up data, plot its loss and ask it questions
 	$(PY) -m rayft.recipes.demo

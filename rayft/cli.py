@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from rayft.config.environment import prepare_process
 from rayft.errors import ConfigError, RayftError
+from rayft.observe.startup import begin
 
 if TYPE_CHECKING:
     from rayft.config.schema import AnyRun, SftRun
@@ -39,6 +40,7 @@ EXIT_CODES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; errors that rayft does not explain propagate."""
+    begin()
     args = _arguments(argv)
     prepare_process(os.environ)
     try:
@@ -78,11 +80,13 @@ def _add_config_commands(commands: Commands) -> None:
     train = _add(commands, "train", _train, "train, or resume the run of this name", "train run.yaml optim.lr=1e-4 --local")
     train.add_argument("--recipe", metavar="FILE.py", help="your own driver: a file that defines main(cfg, local)")
     preprocess = _add(commands, "preprocess", _preprocess, "only write the packed shards", "preprocess run.yaml data.seq_len=4096")
-    evaluate = _add(commands, "evaluate", _evaluate, "loss on the evaluation sources", "evaluate run.yaml --model runs/a/export")
+    evaluate = _add(commands, "evaluate", _evaluate, "loss or reward on the evaluation sources", "evaluate run.yaml --model runs/a/export")
     generate = _add(commands, "generate", _generate, "answer a prompt", 'generate run.yaml --prompt "What is 2 + 2?"')
     export = _add(commands, "export", _export, "write a Hugging Face folder from a checkpoint", "export run.yaml --step 200 --merge")
     clean = _add(commands, "clean", _clean, "delete old checkpoints and unused packed shards", "clean run.yaml --keep 1 --dry-run")
     push = _add(commands, "push", _push, "put the run's export on the Hugging Face hub", "push run.yaml --repo me/my-model --dry-run")
+    engines = _add(commands, "engines", _engines, "add or remove engines of an online run under way", "engines run.yaml --count 3")
+    engines.add_argument("--count", type=_at_least_one, required=True, metavar="N", help="engines that the run is to have")
     _add(commands, "validate", _validate, "check the configuration and import user functions", "validate run.yaml")
     _add(commands, "plan", _plan, "print sizes, steps and a memory estimate", "plan run.yaml parallel.workers=4")
     trace = _add(commands, "trace", _trace, "who did what when in an online run, for chrome://tracing", "trace run.yaml --step 20")
@@ -93,7 +97,7 @@ def _add_config_commands(commands: Commands) -> None:
     for parser in (train, preprocess, evaluate):
         parser.add_argument("--local", action="store_true", help="run in this process, without Ray")
     for parser in (evaluate, generate):
-        parser.add_argument("--model", metavar="FOLDER", help="model or adapter folder; the run's own result by default")
+        parser.add_argument("--model", metavar="MODEL", help="a model's folder or id of the hub; the run's own result by default")
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="the user's message")
     generate.add_argument("--max-tokens", type=int, default=128, metavar="N", help="longest answer, in tokens (default 128)")
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, takes the likeliest token")
@@ -117,7 +121,7 @@ def _add_other_commands(commands: Commands) -> None:
     check = _add(commands, "check", _check, "try a model: load, adapt, first loss", "check Qwen/Qwen3-0.6B --seq-len 4096", False)
     check.add_argument("model", help="model folder, or id in the local cache")
     check.add_argument("--adapter-targets", metavar="T", help="adapter.targets to try")
-    check.add_argument("--seq-len", type=int, default=2048, metavar="N", help="tokens in a row (default 2048)")
+    check.add_argument("--seq-len", type=int, default=2048, metavar="N", help="tokens in the row that is tried (default 2048)")
 
 
 def _add(
@@ -156,7 +160,7 @@ def _load_rows(args: argparse.Namespace) -> SftRun:
     cfg = _load(args)
     if not isinstance(cfg, SftRun):
         rule = "has no packed rows, which this command is about"
-        raise ConfigError("method", cfg.method, rule, "Use rayft train; prompts are rendered there, and eval.every evaluates them")
+        raise ConfigError("method", cfg.method, rule, "Use rayft train; prompts are rendered there")
     return cfg
 
 
@@ -179,7 +183,7 @@ def _preprocess(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from rayft.commands import evaluate
 
-    evaluate(_load_rows(args), args.model, args.local)
+    evaluate(_load(args), args.model, args.local)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -209,7 +213,17 @@ def _clean(args: argparse.Namespace) -> None:
 def _push(args: argparse.Namespace) -> None:
     from rayft.commands import push
 
-    push(_load_rows(args), args.repo, args.merged, args.private, args.dry_run)
+    push(_load(args), args.repo, args.merged, args.private, args.dry_run)
+
+
+def _engines(args: argparse.Namespace) -> None:
+    from rayft.commands import engines
+    from rayft.config.schema import GrpoRun
+
+    cfg = _load(args)
+    if not isinstance(cfg, GrpoRun):
+        raise ConfigError("method", cfg.method, "has no engines", "Name the configuration of a run with method grpo")
+    engines(cfg, args.count)
 
 
 def _trace(args: argparse.Namespace) -> None:
@@ -245,15 +259,19 @@ def _validate(args: argparse.Namespace) -> None:
     for name in cfg.run.callbacks:
         load_function(resolve(name))
     if not isinstance(cfg, SftRun):
-        from rayft.actors.refusals import check_engine
+        from rayft.actors.refusals import check_engine, has_engine
+        from rayft.config.paths import absolute
         from rayft.experience.judge import reward_functions
         from rayft.rollout.stage import maker_of, scene_of
 
-        for function in reward_functions(cfg).values():
+        for function in reward_functions(absolute(cfg)).values():
             load_function(function)
         if (scene := scene_of(cfg)) is not None:
             maker_of(scene)
-        check_engine(cfg)
+        if has_engine(cfg):
+            check_engine(cfg)
+        else:
+            print("rollout.engine=vllm was not checked: vllm is not installed here; rayft train checks it before it starts anything")
     check_installed(cfg.trackers.names)
     print(f"{cfg.run.name}: a valid {cfg.method} run of {cfg.model.path} on {', '.join(cfg.data.train)}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import json
 import tempfile
@@ -11,15 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 from rayft.config import environment
 from rayft.config.paths import absolute, plain
-from rayft.config.schema import Adapter, AnyRun, GrpoRun, SftRun
+from rayft.config.schema import AnyRun, GrpoRun, Model, SftRun
 from rayft.data import store
 from rayft.errors import ConfigError, ResourceError
-from rayft.types import Launch
+from rayft.observe.startup import uncompiled
 
 if TYPE_CHECKING:
-    from rayft.checkpoint.resume import Restored
     from rayft.observe.flops import ModelShape
     from rayft.parallel.memory import MemoryPlan
+
+
+CARD = {
+    "sft": (("train/loss", "training loss"), ("eval/loss", "evaluation loss"), ("eval/perplexity", "evaluation perplexity")),
+    "grpo": (
+        ("reward/mean", "reward of a step's answers"),
+        ("eval/reward", "reward on held-out prompts"),
+        ("eval/reward_greedy", "the same without sampling"),
+    ),
+}
+"""Method -> what a model card tells of its metrics, in words."""
 
 
 def preprocess(cfg: SftRun, local: bool) -> None:
@@ -40,68 +49,36 @@ def preprocess(cfg: SftRun, local: bool) -> None:
         print(f"{split}: {totals['documents']:,} documents, {tokens} in {totals['rows']:,} rows at {folder}")
 
 
-def evaluate(cfg: SftRun, model: str | None, local: bool) -> None:
-    """Loss of data.eval under the run's newest checkpoint, or under a model folder."""
-    from rayft.actors.export import checkpoint_of
-    from rayft.actors.run import open_run
-    from rayft.actors.trainer_group import fit
-    from rayft.data.pipeline import prepare
+def evaluate(cfg: AnyRun, model: str | None, local: bool) -> None:
+    """Loss of data.eval, or reward on it, under the run's newest checkpoint, or under a model folder."""
+    from rayft.actors import evaluation
 
     if not cfg.data.eval:
         raise ConfigError("data.eval", None, "names no source to evaluate on", "Add one, such as data.eval.test.path=test.jsonl")
-    if model is not None:
-        changed = {
-            "model": cfg.model.model_copy(update={"path": model, "init": "pretrained", "quantize": "none"}),
-            "adapter": Adapter(),
-            "run": cfg.run.model_copy(update={"name": f"{cfg.run.name}-evaluate"}),
-        }
-        cfg = cfg.model_copy(update=changed)
-    with open_run(cfg, local) as run:
-        restored = checkpoint_of(run.cfg, None) if model is None else None
-        shards = prepare(run.cfg, "eval", use_ray=not local)
-        fit(functools.partial(_evaluate_worker, restored), run.launch(shards, shards))
-        result = json.loads(store.read(store.join(run.home, "evaluation.json")))
-    print(f"step {result['step']}: loss {result['eval/loss']:.4f} over {result['eval/num_tokens']:,.0f} trained tokens")
-    for name in (name for name in result if name.startswith("eval/loss/")):
-        print(f"{name.removeprefix('eval/loss/')}: loss {result[name]:.4f}")
-
-
-def _evaluate_worker(restored: Restored | None, launch: Launch[SftRun]) -> None:
-    """One worker of an evaluation, of a checkpoint or else of the model as it is; rank 0 leaves the result in the run's directory."""
-    from rayft.actors.session import open_session
-    from rayft.checkpoint.sharded import Checkpointer
-    from rayft.data.reader import Reader
-    from rayft.losses.supervised import supervised_loss
-    from rayft.parallel.mesh import build_mesh
-    from rayft.train.build import build_model
-    from rayft.train.evaluate import eval_batches, evaluate
-    from rayft.train.room import with_micro_rows
-
-    assert launch.eval_shards is not None
-    with open_session(launch) as session:
-        mesh = build_mesh(session.device.split(":")[0], session.world_size, 1 if launch.local else launch.cfg.parallel.replicas)
-        model = build_model(launch.cfg, session, mesh)
-        if restored is not None:
-            Checkpointer(session, launch.attempt, lambda step: None).restore(restored.directory, [model], None)
-        micro_rows = int(with_micro_rows(launch.cfg, session).batch.micro_rows)
-        batches = eval_batches(Reader(launch.eval_shards, seed=0, shuffle=False, window=1), session, micro_rows, launch.cfg.eval.max_rows)
-        values = evaluate(model, batches, *supervised_loss(launch.cfg.data.eval), mesh)
-        if session.rank == 0:
-            result = {"step": restored.step if restored else 0, **values}
-            store.write(store.join(launch.home, "evaluation.json"), json.dumps(result).encode())
+    if isinstance(cfg, SftRun):
+        found = evaluation.of_rows(cfg, model, local)
+        print(f"step {found['step']}: loss {found['eval/loss']:.4f} over {found['eval/num_tokens']:,.0f} trained tokens")
+        for name in (name for name in found if name.startswith("eval/loss/")):
+            print(f"{name.removeprefix('eval/loss/')}: loss {found[name]:.4f}")
+    else:
+        found = evaluation.of_prompts(cfg, model, local)
+        reward, band = found["eval/reward"], found["eval/reward_ci"]
+        print(f"step {found['step']}: reward {reward:.4f} (95% interval +-{band:.4f}) over {found['eval/num_prompts']:,.0f} prompts")
+        print(f"without sampling: {found['eval/reward_greedy']:.4f}; right: {found['eval/pass_at_1']:.1%} of answers")
 
 
 def generate(cfg: AnyRun, prompt: str, model: str | None, max_tokens: int, temperature: float) -> None:
-    """Print the answer of the run's export, or of a model folder, to one prompt."""
+    """Print the answer of the run's export, or of a model by folder or id of the hub, to one prompt."""
     from rayft.models.generate import generate_text
     from rayft.models.hub import model_folder
+    from rayft.models.tokenizer import has_chats
 
-    home = store.join(absolute(cfg).run.dir, cfg.run.name)
-    folder = model or store.join(home, "export")
-    if not store.is_url(folder) and not Path(folder).is_dir():
+    folder = model or store.join(absolute(cfg).run.dir, cfg.run.name, "export")
+    if model is None and not store.is_url(folder) and not Path(folder).is_dir():
         raise ConfigError("run.name", cfg.run.name, f"has no export at {folder}", "Train it to the end, or run rayft export")
-    here = Path(model_folder(cfg.model.model_copy(update={"path": folder, "revision": None})))
-    print(generate_text(here, [[{"role": "user", "content": prompt}]], max_tokens, temperature, cfg.run.seed)[0])
+    here, turns = Path(model_folder(Model(path=folder))), [[{"role": "user", "content": prompt}]]
+    trust, chat = cfg.model.trust_remote_code, has_chats(cfg.data.train)
+    print(generate_text(here, turns, max_tokens, temperature, cfg.run.seed, chat=chat, trust_remote_code=trust)[0])
 
 
 def export(cfg: AnyRun, step: int | None, out: str | None, merge: bool, best: bool = False) -> None:
@@ -162,7 +139,19 @@ def clean(cfg: AnyRun, keep: int, dry_run: bool) -> None:
     print(f"{sum(one.bytes for one in found) / 1e6:12,.1f} MB  in {len(found)} folders {what}")
 
 
-def push(cfg: SftRun, repo: str, merged: bool, private: bool, dry_run: bool) -> None:
+def engines(cfg: GrpoRun, count: int) -> None:
+    """Ask the run under way for so many engines, wait, and say what came of it."""
+    from rayft.actors import engine_requests
+    from rayft.actors.engine_requests import MARGIN_S
+
+    if cfg.placement.mode == "colocated":
+        rule = f"gives each of the {cfg.parallel.workers} workers its engine, so their number cannot change in a run"
+        raise ConfigError("placement.mode", cfg.placement.mode, rule, "Set it to separate, and give engines GPUs of their own")
+    home = store.join(absolute(cfg).run.dir, cfg.run.name)
+    print(engine_requests.ask(home, count, cfg.rollout.start_s + cfg.rollout.deadline_s + MARGIN_S))
+
+
+def push(cfg: AnyRun, repo: str, merged: bool, private: bool, dry_run: bool) -> None:
     """Put the run's export into a repository of the Hugging Face hub, with a model card; or write the card and list the files."""
     from rayft.checkpoint.huggingface import export_step
     from rayft.models.hub import EXPORT, model_folder, push_folder
@@ -222,7 +211,7 @@ def _lines_of(cfg: AnyRun, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _card(cfg: SftRun, step: int, adapter: bool) -> str:
+def _card(cfg: AnyRun, step: int, adapter: bool) -> str:
     """The model card of a run's export."""
     from rayft.data.hub import is_hub_id
     from rayft.models.hub import model_card
@@ -233,8 +222,13 @@ def _card(cfg: SftRun, step: int, adapter: bool) -> str:
         if store.exists(log):
             copy.write_bytes(store.read(log))
         records = [record for record in read(copy) if record["step"] <= step]
-    figures = {"steps": f"{step:,}", "a step": f"{cfg.batch.rows} rows of {cfg.data.seq_len} tokens", "learning rate": f"{cfg.optim.lr:g}"}
-    for name, what in (("train/loss", "training loss"), ("eval/loss", "evaluation loss"), ("eval/perplexity", "evaluation perplexity")):
+    size = (
+        f"{cfg.batch.rows} rows of {cfg.data.seq_len} tokens"
+        if isinstance(cfg, SftRun)
+        else f"{cfg.rollout.prompts_per_step} prompts with {cfg.rollout.group_size} answers each"
+    )
+    figures = {"steps": f"{step:,}", "a step": size, "learning rate": f"{cfg.optim.lr:g}"}
+    for name, what in CARD[cfg.method]:
         values = [record[name] for record in records if name in record]
         figures |= {f"{what}, first and last": f"{values[0]:.4f}, {values[-1]:.4f}"} if values else {}
     return model_card(
@@ -279,16 +273,15 @@ def _plan_rows(cfg: SftRun) -> None:
     print(f"schedule  {_schedule(cfg)}")
     for line in planned_lines(cfg, device):
         print(f"kernels   {line}")
-    if shape is None:
-        print("memory    not estimated: the formulas do not cover this architecture")
-    else:
+    if shape is not None:
         weights = memory.weights_of(shape, cfg.adapter, cfg.model.unfrozen)
         print(f"weights   {weights.base / 1e6:,.1f} M, {weights.trained / 1e6:,.2f} M trained")
         _print_memory(memory.estimate(shape, chosen, device))
     placement.check_cluster(need, resources)
-    if shape is not None:
-        _check_memory(shape, chosen, device, resources)
-    print("fits")
+    room = _room(device, resources)
+    if shape is not None and room is not None:
+        _check_memory(shape, chosen, device, room)
+    _print_verdict(cfg, device, shape, room)
 
 
 def _plan_online(cfg: GrpoRun) -> None:
@@ -313,9 +306,7 @@ def _plan_online(cfg: GrpoRun) -> None:
     print(f"schedule  {f'{cfg.run.max_steps} steps' if cfg.run.max_steps else f'{cfg.run.epochs:g} epochs of the prompts'}")
     for line in planned_lines(cfg, device):
         print(f"kernels   {line}")
-    if shape is None:
-        print("memory    not estimated: the formulas do not cover this architecture")
-    else:
+    if shape is not None:
         weights, needed = memory.weights_of(shape, cfg.adapter, cfg.model.unfrozen), online_memory.estimate_online(shape, cfg, device)
         print(f"weights   {weights.base / 1e6:,.1f} M, {weights.trained / 1e6:,.2f} M trained")
         _print_memory(needed.trainer)
@@ -327,7 +318,7 @@ def _plan_online(cfg: GrpoRun) -> None:
     room = _room(device, resources)
     if shape is not None and room is not None:
         online_memory.require_room(shape, cfg, device, room)
-    print("fits")
+    _print_verdict(cfg, device, shape, room)
 
 
 def check(model: str, adapter_targets: str | None, seq_len: int) -> None:
@@ -387,16 +378,26 @@ def _print_memory(needed: MemoryPlan) -> None:
             print(f"          {size / 2**30:8.3f}  {part}")
 
 
-def _check_memory(shape: ModelShape, cfg: SftRun, device: str, resources: dict[str, float]) -> None:
+def _print_verdict(cfg: AnyRun, device: str, shape: ModelShape | None, room: float | None) -> None:
+    """What the plan comes to, once nothing was refused."""
+    if shape is None:
+        print("memory    not checked: the formulas do not cover this architecture")
+    elif room is None:
+        print("memory    not checked: there is no GPU here to compare it with")
+    else:
+        print("fits")
+    if line := uncompiled(cfg.parallel, device):
+        print(f"speed     {line}")
+
+
+def _check_memory(shape: ModelShape, cfg: SftRun, device: str, room: float) -> None:
     """Refuse what cannot fit: on CPUs all workers share the cluster's memory, on a GPU each has its card (when there is one here)."""
     import torch
 
     from rayft.parallel import fitting, memory
 
     workers, each = cfg.parallel.workers, memory.estimate(shape, cfg, device).total
-    together, room = device == "cpu", _room(device, resources)
-    if room is None:
-        return
+    together = device == "cpu"
 
     def part(run: SftRun, plan: MemoryPlan) -> float:
         return plan.total * (run.parallel.workers if together else 1) / room

@@ -5,6 +5,7 @@ Shape letters: T packed tokens of one micro-batch on one rank, D documents in it
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -307,6 +308,7 @@ class Scored:
         truncated: whether each ended by length.
         oldest, newest: lowest and highest policy step among its tokens.
         turns: of the policy in each trajectory; empty when not told.
+        advantages: of each generated token of each trajectory, before whitening; empty without a critic.
     """
 
     key: str
@@ -318,6 +320,7 @@ class Scored:
     oldest: int
     newest: int
     turns: tuple[int, ...] = ()
+    advantages: tuple[array[float], ...] = ()
 
 
 class Engine(Protocol):

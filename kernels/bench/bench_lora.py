@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.check_lora import linears, linears_written_out, mlp, mlp_written_out
-from bench.common import DEVICE, HEADER, bench, extra_mib, limits, row
+from bench.common import DEVICE, HEADER, bench, bench_graph, extra_mib, limits, row
 from rayft_kernels import Projection
 from rayft_kernels.lora import triton as body  # importable without Triton
 
@@ -49,7 +49,7 @@ def lines(
     op: str, case: str, flops: int, x: Tensor, ones: Sequence[Projection], ours: Callable[..., Sequence[Tensor]],
     plain: Callable[..., Sequence[Tensor]], peers: bool,
 ) -> Iterator[str]:  # fmt: skip
-    """One row for each implementation."""
+    """A row for each implementation called from Python, and for each but compiled ones one replayed from a CUDA graph."""
     limit = flops / limits().tflops / 1e9
     ways: dict[str, Callable[..., Sequence[Tensor]]] = {"rayft": ours, "torch": plain}
     if peers:
@@ -57,6 +57,8 @@ def lines(
     for name, fn in ways.items():
         run = step(fn, x, ones)
         yield row(op, case, name, DTYPE, bench(run), limit, extra_mib(run))
+        if name in ("rayft", "torch"):
+            yield row(op, case, f"{name} graph", DTYPE, bench_graph(run), limit, 0.0)
 
 
 def rows(peers: bool, tiny: bool = False) -> Iterator[str]:

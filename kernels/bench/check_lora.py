@@ -52,7 +52,7 @@ def made(
         masked = (draw(tokens, width, seed=7) > 0).double() * 2
     elif dropout == "hash":
         keys = torch.arange(tokens, device=device) * 2654435761 % 2**32
-        masked = TokenDropout(keys, 1234 + number, 0.25)
+        masked = TokenDropout(keys, torch.tensor(1234 + number), 0.25)
     return Projection(
         draw(out, width, seed=0) * width**-0.5,
         trained(out, seed=1, wanted=bias),
@@ -196,7 +196,7 @@ def check_operators(device: str) -> None:
         torch.library.opcheck(ops.lora_glu_forward.default, (gate, up, *fold, low, wide, 2.0, "silu"))
         torch.library.opcheck(ops.lora_glu_backward.default, (dh.clone(), gate, up, *fold, low, wide, 2.0, low, wide, "gelu_tanh"))
     keys = torch.arange(5, device=device)
-    torch.library.opcheck(ops.token_dropout.default, (gate, keys, 7, 0.25))
+    torch.library.opcheck(ops.token_dropout.default, (gate, keys, torch.tensor(7), 0.25))
 
 
 def check_large(device: str) -> None:
@@ -222,7 +222,8 @@ def check_large(device: str) -> None:
         error = ((a.double() - b.double()).norm() / b.double().norm()).item()
         assert error < 0.02, f"relative difference {error:.2e}"  # cuBLAS takes other tiles for another number of rows
     big, keys = torch.ones(tokens, wide, device=device, dtype=torch.bfloat16), torch.arange(tokens, device=device)
-    assert_equal([token_dropout(big, keys, 3, 0.25)[-32:]], [token_dropout(big[-32:], keys[-32:], 3, 0.25)])
+    seed = torch.tensor(3)
+    assert_equal([token_dropout(big, keys, seed, 0.25)[-32:]], [token_dropout(big[-32:], keys[-32:], seed, 0.25)])
 
 
 def check_surroundings(device: str, dtype: torch.dtype, backend: str) -> None:
@@ -266,7 +267,7 @@ def check_kernels(activation: str, dtype: torch.dtype, device: str) -> None:
 def check_dropout(device: str, dtype: torch.dtype) -> None:
     """The hash's kernel drops what the torch body drops."""
     x, keys = randn(70, 300, device=device, dtype=dtype), torch.arange(70, device=device) * 2654435761 % 2**32
-    for seed in (0, 1, 2**31 - 1):
+    for seed in map(torch.tensor, (0, 1, 2**31 - 1)):
         expected = token_dropout(x.double(), keys, seed, 0.3)
         torch.testing.assert_close(token_dropout(x, keys, seed, 0.3).double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
 

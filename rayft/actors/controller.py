@@ -12,7 +12,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rayft.actors.dispatch import Dispatch
@@ -20,10 +20,11 @@ from rayft.actors.groups import Groups
 from rayft.actors.held_out import HeldOut
 from rayft.actors.journal import Journal
 from rayft.actors.pool import Pool
+from rayft.config.environment import Credentials
 from rayft.config.schema import GrpoRun
 from rayft.data.prompts import PromptSet
 from rayft.experience import summary
-from rayft.experience.admission import Limits
+from rayft.experience.admission import Admission, Limits
 from rayft.experience.algorithm import weighing_of
 from rayft.experience.orders import Order
 from rayft.experience.pack import plan
@@ -46,7 +47,8 @@ class Setup:
         total_steps: of the run.
         driver: names the command.
         step: of the newest checkpoint when the command started.
-        engines, judges: names of the actors.
+        engines, judges: names of the actors that the command starts with; engines come and go later.
+        secrets: of the command, for the store that prompts may be on.
     """
 
     cfg: GrpoRun
@@ -58,6 +60,7 @@ class Setup:
     step: int
     engines: tuple[str, ...]
     judges: tuple[str, ...]
+    secrets: Credentials = field(default_factory=lambda: Credentials({}))
 
 
 class Controller:
@@ -65,6 +68,7 @@ class Controller:
 
     def __init__(self, setup: Setup) -> None:
         show_messages()
+        setup.secrets.adopt()
         cfg = setup.cfg
         self._cfg, self._total_steps = cfg, setup.total_steps
         limits = Limits(
@@ -74,9 +78,10 @@ class Controller:
             cfg.rollout.restarts,
             cfg.reward.retries,
             cfg.algorithm.rerolls,
+            cfg.algorithm.replay,
         )
         self._journal = Journal(setup.run_dir / "journal.jsonl", limits, setup.driver, setup.step)
-        self._pool = Pool(setup.engines, cfg.rollout, self._wake)
+        self._pool = Pool(self._journal.engines or setup.engines, cfg.rollout, self._wake)
         self._pool.current = self._journal.serving
         dispatch = Dispatch(cfg, self._pool, setup.judges)
         prompts = PromptSet(setup.train_prompts, seed=cfg.run.seed, shuffle=cfg.data.shuffle)
@@ -89,7 +94,7 @@ class Controller:
         self._losing: tuple[int, int, int] | None = None  # question whose lost groups are made again; it may be asked often
         self._pushing: tuple[str, ...] = ()  # lives of the engines that a push was ordered to and is not known to have ended
         self._deciding, self._changed = asyncio.Lock(), asyncio.Event()
-        self._since, self._tokens = time.monotonic(), 0
+        self._rate = _Rate()
 
     async def join(self, attempt: int, step: int, world: int) -> None:
         """The trainer's workers of that attempt, so many, start from a checkpoint of `step`. Called before any of them asks for orders."""
@@ -127,7 +132,8 @@ class Controller:
         async with self._deciding:
             if lost and key not in self._orders and key != self._losing:
                 self._losing = key
-                self._lose(step, lost)
+                if _lose(self._journal, self._groups, step, lost):
+                    self._wake()
             while key not in self._orders and time.monotonic() < until:
                 self._changed.clear()
                 if (order := self._decide(step)) is not None:
@@ -151,11 +157,29 @@ class Controller:
         self._wake()
 
     async def committed(self, step: int) -> None:
-        """A checkpoint covers the steps before that one: their groups go."""
-        state = self._journal.state
-        for earlier in range(state.committed, step):
-            self._groups.forget(state.batches.get(earlier, ()))
+        """A checkpoint covers the steps before that one: their groups go, but those that later steps train again."""
         self._journal.add("committed", step=step)
+        self._groups.tidy()
+
+    async def journal(self) -> bytes:
+        """All lines of the journal, for a run whose directory is no path."""
+        return self._journal.content()
+
+    async def engines(self, join: Sequence[str] = (), leave: Sequence[str] = ()) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Change the pool; asked again, it changes nothing more.
+
+        Args:
+            join: names of engines that have started; they serve once a push has brought them to the current weights.
+            leave: names of engines that get nothing more to do.
+
+        Returns:
+            The names of the pool's engines, those first that it would miss least; and of those that were to leave and are still at work,
+            until when they must not be ended.
+        """
+        found, busy = self._pool.change(join, leave, self._pushing)
+        self._pool.watch()
+        self._journal.has_engines(found)
+        return self._pool.idlest(), busy
 
     async def report(self) -> str:
         """Who waits for whom, in words."""
@@ -170,7 +194,7 @@ class Controller:
     def _decide(self, step: int) -> Order | None:
         """The next order, or None while there is nothing to do."""
         state = self._journal.state
-        if (problem := self._groups.fatal or self._pool.problem) is not None:
+        if (problem := self._groups.fatal or self._pool.watches.problem) is not None:
             return Order("stop", step, error=problem)
         if step < state.version and (self._pool.serving() or not state.missing):
             return self._batch(step)  # an earlier attempt came further: its batches are trained again, and engines wait
@@ -201,35 +225,22 @@ class Controller:
             self._journal.add("lost", ordinals=gone)
             self._wake()
             return None
+        replayed = state.replayed(step, batch)
         if step not in state.batches:
-            self._journal.add("consumed", step=step, ordinals=list(batch))
+            self._journal.add("consumed", step=step, ordinals=list(batch), replayed=replayed)
+            self._groups.tidy()
         scores = tuple(self._groups.scores[ordinal] for ordinal in batch)
-        self._records.append((step + 1, summary.of_batch(scores, step) | self._figures()))
+        values = summary.of_batch(scores, step) | {"rollout/replayed": float(len(replayed))}
+        self._records.append((step + 1, values | self._pool.figures() | self._rate(self._groups.tokens) | _counts(state)))
         return Order(
             "batch",
             step,
             ticket=uuid.uuid4().hex,
             groups={number: self._groups.answers[ordinal] for number, ordinal in enumerate(batch)},
-            scores=scores,
+            scores=tuple(replace(scored, advantages=()) for scored in scores),
             updates=tuple(plan(scores, weighing_of(cfg), budget=cfg.micro_tokens, world=self._world, updates=cfg.algorithm.updates)),
             records=_taken(self._records),
         )
-
-    def _figures(self) -> dict[str, float]:
-        """Counts so far, and rates since the batch before."""
-        counts = self._journal.state.counts
-        since, tokens, self._since, self._tokens = self._since, self._tokens, time.monotonic(), self._groups.tokens
-        rate = (self._groups.tokens - tokens) / max(self._since - since, 1e-9)
-        return self._pool.figures() | {"rollout/tokens_per_s": rate} | {f"rollout/{name}": float(counts[name]) for name in summary.COUNTS}
-
-    def _lose(self, step: int, numbers: Sequence[int]) -> None:
-        """Groups of the step's batch cannot be fetched: they are made again."""
-        batch = self._journal.state.batches.get(step, ())
-        gone = [batch[number] for number in numbers if number < len(batch) and batch[number] in self._groups.answers]
-        self._groups.forget(gone)
-        if gone:
-            self._journal.add("lost", ordinals=gone)
-            self._wake()
 
     def _evaluate_if_due(self) -> None:
         """Evaluate the weights that engines serve, unless that is done or under way; a controller that died in it begins again."""
@@ -255,6 +266,33 @@ class Controller:
         if self._pool.serving():
             self._groups.start_all()
         self._changed.set()
+
+
+def _lose(journal: Journal, groups: Groups, step: int, numbers: Sequence[int]) -> bool:
+    """Groups of the step's batch cannot be fetched: they are made again. Whether there was one to lose."""
+    batch = journal.state.batches.get(step, ())
+    gone = [batch[number] for number in numbers if number < len(batch) and batch[number] in groups.answers]
+    groups.forget(gone)
+    if gone:
+        journal.add("lost", ordinals=gone)
+    return bool(gone)
+
+
+class _Rate:
+    """Tokens a second, from one batch to the next."""
+
+    def __init__(self) -> None:
+        self._since, self._tokens = time.monotonic(), 0
+
+    def __call__(self, tokens: int) -> dict[str, float]:
+        """The metric, from all tokens so far."""
+        since, before, self._since, self._tokens = self._since, self._tokens, time.monotonic(), tokens
+        return {"rollout/tokens_per_s": (tokens - before) / max(self._since - since, 1e-9)}
+
+
+def _counts(state: Admission) -> dict[str, float]:
+    """What became of groups so far."""
+    return {f"rollout/{name}": float(state.counts[name]) for name in summary.COUNTS}
 
 
 def _taken(records: list[tuple[int, dict[str, float]]]) -> tuple[tuple[int, dict[str, float]], ...]:

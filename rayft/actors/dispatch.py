@@ -1,7 +1,7 @@
 """Asks engines for groups and judges for scores; whatever can go wrong comes out as one of three kinds.
 
-InfrastructureError: a process died or was late, and another one may succeed. EnvironmentFailed: the engine is well, and another try may
-succeed. DataError: the row, or a reward on it, is at fault.
+InfrastructureError: a process died, was late or could not be reached, and another try may succeed. EnvironmentFailed: the engine is well,
+and another try may succeed. DataError: the row, or a reward on it, is at fault.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
-from rayft.actors.pool import AGAIN_S, Member, Pool, within
+from rayft.actors.members import AGAIN_S, Member, within
+from rayft.actors.pool import Pool
 from rayft.config.schema import GrpoRun
 from rayft.errors import DataError, InfrastructureError, RayftError
 from rayft.rollout.agent import Sampling
@@ -35,6 +36,7 @@ class Dispatch:
     def __init__(self, cfg: GrpoRun, pool: Pool, judges: Sequence[str]) -> None:
         self._cfg, self._pool = cfg, pool
         self._judges = itertools.cycle([ray.get_actor(name) for name in judges])
+        self._models = any(function.model is not None for function in cfg.reward.functions.values())
 
     async def ask(self, prompt: Prompt, n: int, temperature: float) -> tuple[str, Any]:
         """Have a serving engine answer a prompt n times; the engine's name, and a reference to the group.
@@ -82,10 +84,12 @@ class Dispatch:
 
         Raises:
             DataError: a reward raised, gave no number, or took too long.
-            InfrastructureError: the group is lost, with the process or node that held it.
+            InfrastructureError: the group is lost, with the process or node that held it; or a judge or a reward model could not be asked.
         """
         judge, limit = next(self._judges), self._cfg.reward.deadline_s
         try:
+            if self._models:
+                await self._models_loaded(judge)
             return await within(judge.score.remote(group), limit)
         except TimeoutError as problem:
             ray.kill(judge, no_restart=False)
@@ -97,12 +101,21 @@ class Dispatch:
         except RayTaskError as problem:
             if isinstance(problem.cause, ObjectLostError):
                 raise _lost(problem.cause) from problem
-            rule = f"scoring failed ({problem.cause!r})"
-            raise _own(problem, DataError) or DataError("reward", None, rule, "Look into the reward functions") from problem
+            other = DataError("reward", None, f"scoring failed ({problem.cause!r})", "Look into the reward functions")
+            raise _own(problem, DataError, InfrastructureError) or other from problem
         except RayError as problem:
             await _until_back(judge, limit)
             rule = f"the process that rewards run in died ({type(problem).__name__})"
             raise DataError("reward", None, rule, "Look into the reward functions") from problem
+
+    async def _models_loaded(self, judge: Any) -> None:
+        """Wait until every reward model has a replica that is loaded: no group's deadline begins before."""
+        limit = self._cfg.rollout.start_s
+        try:
+            await within(judge.models_loaded.remote(), limit)
+        except TimeoutError as problem:
+            rule = f"a reward model was not loaded again within {limit:g} s"
+            raise InfrastructureError("rollout.start_s", limit, rule, "Raise it, or look into its lines above") from problem
 
 
 async def _until_back(judge: Any, seconds: float) -> None:

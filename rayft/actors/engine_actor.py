@@ -20,6 +20,7 @@ from rayft.errors import InfrastructureError
 from rayft.experience.judge import Judge
 from rayft.rollout.agent import Sampling, rollout
 from rayft.rollout.engine import EngineOptions, create_engine
+from rayft.rollout.env import refuse_stuck
 from rayft.rollout.stage import Scene, Stage, stage_of
 from rayft.types import Engine, Group, Prompt, Scored
 
@@ -65,9 +66,14 @@ class EngineActor:
         return self._life
 
     async def state(self) -> EngineState:
-        """How it is."""
+        """How it is.
+
+        Raises:
+            InfrastructureError: it is to be restarted: the engine died, or environments keep too many of its threads.
+        """
         if self._engine is None:
             return EngineState(self._life, "", {})
+        refuse_stuck()
         return EngineState(self._life, await self._engine.version(), await self._engine.load())
 
     async def rollout(self, prompt: Prompt, n: int, sampling: Sampling) -> tuple[str, Group]:
@@ -104,7 +110,12 @@ class RewardActor:
 
     def __init__(self, cfg: GrpoRun, functions: Mapping[str, UserFunction], secrets: Credentials, models: Names) -> None:
         secrets.adopt()
-        self._judge = Judge(cfg, functions, {name: Replicas(actors, cfg.reward.deadline_s) for name, actors in models.items()})
+        self._models = {name: Replicas(actors, cfg.reward.deadline_s, cfg.rollout.start_s) for name, actors in models.items()}
+        self._judge = Judge(cfg, functions, self._models)
+
+    async def models_loaded(self) -> None:
+        """Wait until every reward model has a replica that is loaded."""
+        await asyncio.gather(*(model.loaded() for model in self._models.values()))
 
     async def score(self, group: Group) -> Scored:
         """See `Judge.score`."""

@@ -14,11 +14,13 @@ import torch
 from ray.exceptions import RayActorError, RayError
 
 from rayft.config.schema import GrpoRun
+from rayft.data import store
 from rayft.errors import InfrastructureError
 from rayft.experience.orders import Order
 from rayft.models.load import compute_dtype
 from rayft.types import Group, Launch, Session
 from rayft.weight_sync.protocol import EngineHandle, PushReport, Sender, Transport
+from rayft.weight_sync.source import Payload
 
 log = logging.getLogger("rayft")
 
@@ -92,6 +94,11 @@ class RayFeed:
         """See `Controller.committed`."""
         self._call(lambda: self._controller.committed.remote(step))
 
+    def journal(self) -> bytes:
+        """See `Controller.journal`."""
+        lines: bytes = self._call(self._controller.journal.remote)
+        return lines
+
     def _report(self) -> str:
         return str(self._call(self._controller.report.remote))
 
@@ -127,7 +134,7 @@ def transport_of(cfg: GrpoRun, device_type: str) -> Transport:
     if cfg.weight_sync.type != "auto":
         return cfg.weight_sync.type
     if device_type == "cpu":
-        return "disk"
+        return "gloo" if store.is_url(cfg.run.dir) else "disk"
     return "ipc" if cfg.placement.mode == "colocated" else "nccl"
 
 
@@ -136,16 +143,23 @@ def engine_dtype(cfg: GrpoRun, device_type: str) -> str:
     return str(compute_dtype(cfg.model, device_type)).removeprefix("torch.")
 
 
+def payload_of(cfg: GrpoRun) -> Payload:
+    """What of the weights is sent."""
+    if cfg.weight_sync.payload != "auto":
+        return cfg.weight_sync.payload
+    engines_can_merge = cfg.adapter.type == "lora" and cfg.model.quantize == "none" and not cfg.adapter.target_parameters
+    return "adapter" if engines_can_merge else "full"
+
+
 def make_sender(launch: Launch[GrpoRun], session: Session) -> Sender:
     """The trainer's end of weight transfers, on every rank."""
     cfg = launch.cfg
-    adapter = cfg.weight_sync.payload == "adapter" or (cfg.weight_sync.payload == "auto" and cfg.adapter.type == "lora")
     return Sender(
         transport_of(cfg, launch.device_type),
         dtype=getattr(torch, engine_dtype(cfg, launch.device_type)),
         device=session.device,
         deadline_s=cfg.rollout.start_s,
-        payload="adapter" if adapter else "full",
+        payload=payload_of(cfg),
         verify_every=cfg.weight_sync.verify_every,
         host=ray.util.get_node_ip_address(),
         folder=Path(session.run_dir) / "weights",

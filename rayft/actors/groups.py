@@ -15,7 +15,7 @@ from rayft.config.schema import GrpoRun
 from rayft.data.prompts import PromptSet
 from rayft.errors import DataError, InfrastructureError, RayftError, TrainingError
 from rayft.experience.algorithm import filter_of
-from rayft.experience.filters import FILTERS
+from rayft.experience.filters import FILTERS, signal
 from rayft.rollout.env import EnvironmentFailed
 from rayft.types import Scored
 
@@ -23,7 +23,7 @@ log = logging.getLogger("rayft")
 
 
 class Groups:
-    """Starts groups, sees them through, and holds references to their answers until a checkpoint covers them.
+    """Starts groups, sees them through, and holds references to their answers until no batch needs them any more.
 
     Args:
         cfg: the run.
@@ -63,6 +63,10 @@ class Groups:
         for ordinal in ordinals:
             self.answers.pop(ordinal, None)
             self.scores.pop(ordinal, None)
+
+    def tidy(self) -> None:
+        """Let go of answers that no batch needs any more."""
+        self.forget(self.answers.keys() - self._journal.state.needed())
 
     def oldest(self) -> str:
         """Keys of the prompts that were started first and are under way."""
@@ -106,7 +110,8 @@ class Groups:
     def _take(self, ordinal: int, group: Any, scored: Scored) -> None:
         state, kept = self._journal.state, self._keeps(scored)
         wanted = kept or ordinal in state.missing
-        self._journal.add("scored", {"tokens": sum(scored.lengths), "turns": sum(scored.turns)}, ordinal=ordinal, kept=kept)
+        note = {"tokens": sum(scored.lengths), "turns": sum(scored.turns)}
+        self._journal.add("scored", note, ordinal=ordinal, kept=kept, signal=signal(scored))
         self.tokens += sum(scored.lengths)
         if wanted:
             self.answers[ordinal], self.scores[ordinal] = group, scored

@@ -31,14 +31,15 @@ class Journal:
         state: after all events.
         attempt: of the trainer that joined last under this command; 0 for none.
         serving: version that engines were last brought to under this command; empty for none.
+        engines: names of the engines of the pool, once it has changed under this command; empty before.
         evaluated: step -> metrics on held-out prompts of its weights, of evaluations under this command.
     """
 
     def __init__(self, path: Path, limits: Limits, driver: str, step: int) -> None:
-        self.state, self.attempt, self.serving = Admission(limits), 0, ""
+        self.state, self.attempt, self.serving, self.engines = Admission(limits), 0, "", tuple[str, ...]()
         self.evaluated: dict[int, dict[str, float]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
+        self._path, self._file = path, path.open("ab")
         lines = path.read_bytes().split(b"\n")
         self._file.truncate(self._file.tell() - len(lines.pop()))  # a killed writer leaves half a line
         last = None
@@ -46,19 +47,19 @@ class Journal:
             for said in NOTES:
                 line.pop(said, None)
             if "driver" in line:
-                last, self.attempt, self.serving, self.evaluated = line["driver"], 0, "", {}
+                last, self.attempt, self.serving, self.engines, self.evaluated = line["driver"], 0, "", (), {}
             elif "event" in line:
                 self._change(line)
             elif "evaluated" in line:
                 self.evaluated[line["evaluated"]] = line["values"]
             else:
-                vars(self).update(line)
+                vars(self).update({name: tuple(value) if name == "engines" else value for name, value in line.items()})
         if last == driver:
             log.warning("the controller died and was restarted; by its journal, what was under way is asked for again")
             self.add("controller_restarted")
         else:
             self._append({"driver": driver})
-            self.attempt, self.serving, self.evaluated = 0, "", {}
+            self.attempt, self.serving, self.engines, self.evaluated = 0, "", (), {}
             self.add("driver_restarted", step=step)
 
     def add(self, name: str, note: Mapping[str, Any] | None = None, **fields: Any) -> None:
@@ -76,10 +77,20 @@ class Journal:
         self._append({"serving": version})
         self.serving = version
 
+    def has_engines(self, names: tuple[str, ...]) -> None:
+        """Note the engines of the pool, when they are not those that were noted last."""
+        if names != self.engines:
+            self._append({"engines": names})
+            self.engines = names
+
     def has_evaluated(self, step: int, values: dict[str, float]) -> None:
         """Note an evaluation, so that whoever restarts can tell the trainer of it."""
         self._append({"evaluated": step, "values": values})
         self.evaluated[step] = values
+
+    def content(self) -> bytes:
+        """All lines so far."""
+        return self._path.read_bytes()
 
     def _change(self, event: dict[str, Any]) -> None:
         self.state.apply(event)

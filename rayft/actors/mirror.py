@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rayft.actors.engine_requests import ANSWER, REQUEST
 from rayft.data import store
 from rayft.errors import RayftError
 
@@ -19,7 +20,7 @@ EVERY_S = 15.0
 """Time between copies."""
 WEIGHTS = "weights/"
 """Files on their way to engines, which end with the push."""
-DRIVERS = {"config.yaml", "attempts.jsonl", "lease.json", "evaluation.json"}
+DRIVERS = {"config.yaml", "attempts.jsonl", "lease.json", "evaluation.json", REQUEST, ANSWER}
 """Files of the run's directory that are written to the store itself."""
 
 
@@ -77,6 +78,17 @@ def followed(url: str, file: Path) -> Iterator[None]:
         stop.set()
         thread.join()
         _attempt(refresh)
+
+
+@contextmanager
+def carried(file: Path, url: str) -> Iterator[None]:
+    """Fetch what the store has of a file that is written on this node while the block runs, and leave it there at the end."""
+    if store.exists(url):
+        store.fetch(url, file)
+    try:
+        yield
+    finally:
+        _attempt(lambda: store.upload(file, url))
 
 
 def _repeat(action: Callable[[], None], stop: threading.Event) -> None:

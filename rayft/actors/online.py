@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 from rayft.actors import placement
 from rayft.actors.export import base_identity
+from rayft.actors.mirror import carried
 from rayft.actors.refusals import check_context, check_pool
 from rayft.actors.run import Run
 from rayft.checkpoint import resume
@@ -21,10 +20,9 @@ from rayft.config.environment import credentials, worker_environment
 from rayft.config.schema import GrpoRun
 from rayft.data import store
 from rayft.data.prompts import PromptSet, prepare_prompts
-from rayft.errors import ConfigError, ResourceError
+from rayft.data.waiting import wait_for_room
+from rayft.errors import ConfigError
 from rayft.types import Launch
-
-log = logging.getLogger("rayft")
 
 CONCURRENCY = 10_000
 """Calls that an asynchronous actor may have open; its own bounds are elsewhere."""
@@ -43,6 +41,7 @@ def open_flow(run: Run[GrpoRun]) -> Iterator[Launch[GrpoRun]]:
 
     from rayft.actors.controller import Controller, Setup
     from rayft.actors.engine_actor import EngineActor, RewardActor
+    from rayft.actors.engines import Engines
     from rayft.actors.reward_model import open_models
     from rayft.experience.judge import reward_functions
     from rayft.rollout.stage import maker_of, scene_of
@@ -55,13 +54,12 @@ def open_flow(run: Run[GrpoRun]) -> Iterator[Launch[GrpoRun]]:
     tools = maker_of(scene)[1] if scene is not None else None
     gpu = run.device_type == "cuda"
     check_context(cfg)
-    check_pool(cfg, gpu, ray.cluster_resources())
+    if not cfg.parallel.autoscaling:
+        check_pool(cfg, gpu, ray.cluster_resources())
     launch = _launch(run, cfg, tools)
     newest = resume.newest(run.home)
     driver, secrets, common = uuid.uuid4().hex[:8], credentials(forward=cfg.env.forward), _options(cfg)
-    engines = tuple(f"engine-{number}" for number in range(cfg.rollout.engines))
-    judges = tuple(f"judge-{number}" for number in range(cfg.reward.workers))
-    names = {name: f"{driver}-{name}" for name in (*engines, *judges, "controller")}
+    judges = tuple(f"{driver}-judge-{number}" for number in range(cfg.reward.workers))
     setup = Setup(
         cfg=cfg,
         run_dir=run.run_dir,
@@ -70,47 +68,65 @@ def open_flow(run: Run[GrpoRun]) -> Iterator[Launch[GrpoRun]]:
         total_steps=launch.total_steps,
         driver=driver,
         step=newest.step if newest else 0,
-        engines=tuple(names[name] for name in engines),
-        judges=tuple(names[name] for name in judges),
+        engines=(),
+        judges=judges,
+        secrets=secrets,
     )
+    options = _engine_options(cfg, run.device_type)
     with ExitStack() as made:
         models = made.enter_context(open_models(cfg, driver, run.device_type, common, secrets))
 
-        def make(actor: type, name: str, *arguments: Any, cpus: int = 0, gpus: float = 0) -> Any:
-            options = {"name": names[name], "num_cpus": cpus, "num_gpus": gpus, **common}
-            handle = ray.remote(actor).options(**options).remote(*arguments)
-            made.callback(ray.kill, handle)
-            return handle
+        def make(actor: type, name: str, *arguments: Any, **resources: Any) -> Any:
+            return ray.remote(actor).options(**{"name": name, "num_cpus": 0, **common, **resources}).remote(*arguments)
 
-        engine, cpus, gpus = _engine_options(cfg, run.device_type), int(not gpu), _share(cfg, gpu)
-        pool = [make(EngineActor, name, engine, secrets, cfg, scene, cpus=cpus, gpus=gpus) for name in engines]
-        if gpu and cfg.placement.mode == "colocated":  # an engine measures free memory while it starts
-            _start(pool, cfg)
+        def engine(name: str, **resources: Any) -> Any:
+            return make(EngineActor, name, options, secrets, cfg, scene, **resources)
+
+        colocated = gpu and cfg.placement.mode == "colocated"
+        kind, each = ("GPU", placement.ENGINE_SHARE) if colocated else placement.engine_resources(cfg, gpu)
+        wait_for_room([{kind: each}] * cfg.rollout.engines, cfg.run.start_s, "the pool of engines")
+        pool = None if colocated else Engines(cfg, gpu, driver, engine)
+        names = made.enter_context(pool.open() if pool is not None else _beside_workers(cfg, driver, engine))
         for name in judges:
-            make(RewardActor, name, cfg, rewards, secrets, models)
-        make(Controller, "controller", setup)
-        yield replace(launch, controller=names["controller"])
+            made.callback(ray.kill, make(RewardActor, name, cfg, rewards, secrets, models))
+        place = made.enter_context(_journal_kept(run))
+        controller = make(Controller, f"{driver}-controller", replace(setup, engines=names), **place)
+        made.callback(ray.kill, controller)
+        if pool is not None:
+            made.enter_context(pool.serve(run.home, controller))
+        yield replace(launch, controller=f"{driver}-controller")
 
 
-def _start(pool: Sequence[Any], cfg: GrpoRun) -> None:
-    """Wait until engines have started.
+@contextmanager
+def _journal_kept(run: Run[GrpoRun]) -> Iterator[dict[str, Any]]:
+    """Options of Ray for the controller. With a run on a store it stays on this node, where its journal is also after it died.
 
-    Raises:
-        ResourceError: one did not.
+    Rank 0 brings the journal to the store with every checkpoint, this process at the end.
     """
     import ray
-    from ray.exceptions import GetTimeoutError, RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    began = time.monotonic()
-    try:
-        ray.get([engine.start.remote() for engine in pool], timeout=cfg.rollout.start_s)
-        log.info("engines started in %.0f s", time.monotonic() - began)
-    except GetTimeoutError as problem:
-        rule = "was not enough for the engines to start"
-        raise ResourceError("rollout.start_s", cfg.rollout.start_s, rule, "Look into their lines above, or raise it") from problem
-    except RayError as problem:
-        rule = f"did not start beside the trainer ({getattr(problem, 'cause', None) or type(problem).__name__})"
-        raise ResourceError("rollout.engine", cfg.rollout.engine, rule, "Look into the cause, then run the command again") from problem
+    if run.remote is None:
+        yield {}
+        return
+    with carried(run.run_dir / "journal.jsonl", store.join(run.remote, "journal.jsonl")):
+        yield {"scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)}
+
+
+@contextmanager
+def _beside_workers(cfg: GrpoRun, driver: str, make: Callable[..., Any]) -> Iterator[tuple[str, ...]]:
+    """Engines that share the workers' GPUs: all start before any worker, because an engine measures free memory while it starts."""
+    import ray
+
+    from rayft.actors.engines import start
+
+    names = tuple(f"{driver}-engine-{number}" for number in range(cfg.rollout.engines))
+    with ExitStack() as made:
+        pool = [make(name, num_gpus=placement.ENGINE_SHARE) for name in names]
+        for one in pool:
+            made.callback(ray.kill, one)
+        start(pool, cfg)
+        yield names
 
 
 def _launch(run: Run[GrpoRun], cfg: GrpoRun, tools: list[dict[str, Any]] | None) -> Launch[GrpoRun]:
@@ -134,13 +150,6 @@ def _launch(run: Run[GrpoRun], cfg: GrpoRun, tools: list[dict[str, Any]] | None)
 def _options(cfg: GrpoRun) -> dict[str, Any]:
     """Of every actor: restarted without end, and the environment of the run's processes."""
     return {"max_restarts": -1, "max_concurrency": CONCURRENCY, "runtime_env": {"env_vars": worker_environment()}}
-
-
-def _share(cfg: GrpoRun, gpu: bool) -> float:
-    """GPUs that Ray reserves for an engine."""
-    if not gpu:
-        return 0
-    return placement.ENGINE_SHARE if cfg.placement.mode == "colocated" else cfg.rollout.tensor_parallel
 
 
 def _engine_options(cfg: GrpoRun, device_type: str) -> Any:

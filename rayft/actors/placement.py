@@ -54,6 +54,17 @@ def worker_resources(parallel: Parallel, device: str, share: float = 1.0) -> dic
     return {"CPU": float(cpus)} | ({"GPU": share} if device == "cuda" else {})
 
 
+def engine_resources(cfg: GrpoRun, gpu: bool) -> tuple[str, float]:
+    """What an engine that shares nothing takes: the kind, and how much of it."""
+    return ("GPU", float(cfg.rollout.tensor_parallel)) if gpu else ("CPU", 1.0)
+
+
+def trainer_resources(cfg: GrpoRun, gpu: bool) -> dict[str, float]:
+    """What all workers of the trainer take together."""
+    each = worker_resources(cfg.parallel, "cuda" if gpu else "cpu")
+    return {kind: cfg.parallel.workers * amount for kind, amount in each.items()}
+
+
 def need_of(parallel: Parallel, device: str) -> Need:
     """Sum up the workers, and what they leave to Ray Data."""
     workers, each = parallel.workers, worker_resources(parallel, device)
@@ -61,7 +72,7 @@ def need_of(parallel: Parallel, device: str) -> Need:
 
 
 def check_cluster(need: Need, resources: Mapping[str, float]) -> None:
-    """Refuse a run that the cluster can never place.
+    """Refuse a run that the cluster, as large as it is, can never place.
 
     Args:
         need: of the run.
@@ -72,14 +83,16 @@ def check_cluster(need: Need, resources: Mapping[str, float]) -> None:
     """
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
     if need.gpus > gpus:
-        remedy = f"Set parallel.workers = {gpus}, with the same result, or add GPUs" if gpus else "Set parallel.device = cpu, or add GPUs"
+        fewer = f"Set parallel.workers = {gpus}, with the same result" if gpus else "Set parallel.device = cpu"
+        remedy = f"{fewer}, or add GPUs; with parallel.autoscaling = true they are waited for"
         raise ResourceError("parallel.workers", need.workers, f"needs {_count(need.gpus, 'GPU')}, the cluster has {gpus}", remedy)
     if need.cpus > cpus:
         raise ResourceError(
             "parallel.workers",
             need.workers,
             f"needs {_count(need.cpus, 'CPU')}, {DATA_CPUS} of them for Ray Data, the cluster has {cpus}",
-            "Lower parallel.workers, with the same result, or parallel.cpus_per_worker, or add nodes",
+            "Lower parallel.workers, with the same result, or parallel.cpus_per_worker, or add nodes; "
+            "with parallel.autoscaling = true they are waited for",
         )
 
 

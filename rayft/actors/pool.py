@@ -1,73 +1,25 @@
 """The engines as the controller sees them: who lives, who has which weights, who gets the next prompt.
 
 An engine that died, or did not answer in time, is restarted by Ray. It serves again only after a push has brought it to the current
-weights.
+weights. So does one that joins in the middle of a run. One that is to leave gets no more groups and no more weights, and its groups finish.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
-from rayft.actors.engine_actor import EngineState
+from rayft.actors.members import Member, Watches
 from rayft.config.schema import Rollout
-from rayft.errors import InfrastructureError, ResourceError
+from rayft.errors import InfrastructureError
 
 log = logging.getLogger("rayft")
 
-T = TypeVar("T")
-LOOK_S, AGAIN_S, FREE_S = 1.0, 0.5, 0.02
-ROOMY = 0.9
-"""Share of a key-value cache below which it takes another group."""
-START_TRIES = 3
-
-
-@dataclass
-class Member:
-    """An engine of the pool.
-
-    Attributes:
-        name: of its actor.
-        actor: its handle.
-        life: of its process; empty while it is not up.
-        version: of its weights.
-        running, tokens: groups that it was given, and most tokens that they can come to.
-        allowed: groups that it may have at once: all, until it has to take memory from one that is under way.
-        looks, idle: times that it was looked at, and found with nothing to do, since the last figures.
-        kv_use: most of its key-value cache that was seen in use since then.
-        preemptions: since its start.
-        failures: starts that went wrong in a row.
-    """
-
-    name: str
-    actor: Any
-    life: str = ""
-    version: str = ""
-    running: int = 0
-    tokens: int = 0
-    allowed: float = math.inf
-    looks: int = 0
-    idle: int = 0
-    kv_use: float = 0.0
-    preemptions: float = 0.0
-    failures: int = 0
-
-    def note(self, load: Mapping[str, float]) -> None:
-        """Take in what an engine says of its cache: half as many groups after a preemption, one more while there is room."""
-        if load["preemptions"] > self.preemptions:
-            self.allowed = max(1, self.running // 2)
-        elif load["kv_use"] < ROOMY:
-            self.allowed += 1
-        self.kv_use, self.preemptions = max(self.kv_use, load["kv_use"]), load["preemptions"]
+FREE_S = 0.02
 
 
 class Pool:
@@ -80,20 +32,44 @@ class Pool:
 
     Attributes:
         current: version that an engine must have to serve.
-        problem: why no engine will ever come up.
+        watches: that look after them.
     """
 
     def __init__(self, names: Sequence[str], rollout: Rollout, wake: Callable[[], None]) -> None:
         self._members = [Member(name, ray.get_actor(name)) for name in names]
-        self._rollout, self._wake = rollout, wake
-        self._watches: list[asyncio.Task[None]] = []
+        self._leaving: list[Member] = []
+        self.watches = Watches(rollout, wake)
         self.current = ""
-        self.problem: ResourceError | None = None
 
     def watch(self) -> None:
-        """Begin to look after the engines; to be called in the event loop."""
-        if not self._watches:
-            self._watches = [asyncio.create_task(self._watch(member)) for member in self._members]
+        """Begin to look after the engines that nobody looks after yet; to be called in the event loop."""
+        for member in self._members:
+            self.watches.begin(member)
+
+    def idlest(self) -> tuple[str, ...]:
+        """All engines, those first that the pool would miss least: with the fewest tokens ahead, not up before up, the newest first."""
+        newest_first = reversed(self._members)
+        return tuple(member.name for member in sorted(newest_first, key=lambda one: (one.tokens, bool(one.life))))
+
+    def change(self, join: Sequence[str], leave: Sequence[str], pushing: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Take in engines, and give others no more groups and no more weights. May be asked again.
+
+        Args:
+            join: names of engines, of which some may be in.
+            leave: likewise, of which some may be gone.
+            pushing: lives of engines that a push is under way to.
+
+        Returns:
+            The names of all that are in; and of those that are to leave and cannot yet: they have groups, or are in the push.
+        """
+        known = {member.name for member in self._members}
+        self._members += [Member(name, ray.get_actor(name)) for name in join if name not in known]
+        self._leaving += [member for member in self._members if member.name in leave]
+        self._leaving = [member for member in self._leaving if member.running or member.life in pushing]
+        self._members = [member for member in self._members if member.name not in leave]
+        for name in leave:
+            self.watches.end(name)
+        return tuple(member.name for member in self._members), tuple(member.name for member in self._leaving if member.name in leave)
 
     def serving(self) -> list[Member]:
         """Those that may be given prompts."""
@@ -107,19 +83,18 @@ class Pool:
     async def take(self, tokens: int) -> AsyncIterator[Member]:
         """The serving engine with the fewest tokens ahead of it, of those that may have another group; once there is one.
 
+        Waiting for room is no failure, and it ends: every group that is in the way has a deadline.
+
         Args:
             tokens: most that the group can come to.
 
         Raises:
-            InfrastructureError: none serves, or none had room within rollout.deadline_s.
+            InfrastructureError: none serves.
         """
-        until, remedy = time.monotonic() + self._rollout.deadline_s, "They come back by themselves"
         while not (free := [member for member in self.serving() if member.running < member.allowed]):
             if not self.serving():
-                raise InfrastructureError("rollout.engines", None, "no engine serves the current weights", remedy)
-            if time.monotonic() > until:
-                rule = f"no engine had room for another group within {self._rollout.deadline_s:g} s"
-                raise InfrastructureError("rollout.engines", None, rule, remedy)
+                rule = "no engine serves the current weights"
+                raise InfrastructureError("rollout.engines", None, rule, "They come back by themselves")
             await asyncio.sleep(FREE_S)
         member = min(free, key=lambda one: one.tokens)
         member.running, member.tokens = member.running + 1, member.tokens + tokens
@@ -162,57 +137,3 @@ class Pool:
             f"{member.name} {f'has {member.version or None} and {member.running} groups' if member.life else 'is starting'}"
             for member in self._members
         )
-
-    async def _watch(self, member: Member) -> None:
-        """Start the engine, look at it again and again, and begin anew when it is gone."""
-        while self.problem is None:
-            try:
-                await self._look_after(member)
-            except TimeoutError:
-                log.warning("%s did not answer in time and is restarted", member.name)
-                ray.kill(member.actor, no_restart=False)
-            except RayTaskError as problem:
-                self._note_failure(member, problem.cause)
-            except RayError as problem:
-                log.warning("%s is gone (%s); Ray restarts it", member.name, type(problem).__name__)
-            member.life = member.version = ""
-            self._wake()
-            await asyncio.sleep(AGAIN_S)
-
-    async def _look_after(self, member: Member) -> None:
-        life = await within(member.actor.start.remote(), self._rollout.start_s)
-        while True:
-            state: EngineState = await within(member.actor.state.remote(), self._rollout.health_s)
-            if state.life != life:
-                return
-            if member.life != life:
-                member.allowed, member.preemptions = math.inf, 0.0
-            news = member.life != life or member.version != state.version
-            member.life, member.version, member.failures = life, state.version, 0
-            member.looks += 1
-            member.idle += not state.load["running"] + state.load["waiting"]
-            member.note(state.load)
-            if news:
-                self._wake()
-            await asyncio.sleep(LOOK_S)
-
-    def _note_failure(self, member: Member, cause: BaseException) -> None:
-        member.failures += 1
-        log.warning("%s failed: %s", member.name, cause)
-        if member.failures >= START_TRIES:
-            rule = f"{member.name} failed {START_TRIES} times in a row: {cause}"
-            self.problem = ResourceError("rollout.engine", self._rollout.engine, rule, "Look into the cause, then run the command again")
-        ray.kill(member.actor, no_restart=False)
-
-
-async def within(answer: Awaitable[T], seconds: float) -> T:
-    """The answer of an actor.
-
-    Raises:
-        TimeoutError: there was none in time.
-    """
-
-    async def wait() -> T:
-        return await answer
-
-    return await asyncio.wait_for(wait(), seconds)

@@ -1,7 +1,7 @@
 """Reward models on Ray actors of their own, and the way to them from the processes of rewards.
 
-The driver makes the actors, so that none dies with another. Ray restarts one that died; what it was asked is asked of another one, or of
-itself once it is back, within the deadline of a group's rewards.
+The driver makes the actors, so that none dies with another. Ray restarts one that died, and it loads its model again, for which it has
+rollout.start_s; what it was asked is asked of another one, or of itself once it is back, within the deadline of a group's rewards.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ log = logging.getLogger("rayft")
 SHARE = 0.9
 """Of reward.deadline_s that a group's scores may take; at its end the process that waits for them is replaced."""
 AGAIN_S = 0.5
+"""From one try to bring a replica back to the next."""
 Names = Mapping[str, tuple[str, ...]]
 """Name of a reward -> names of its actors."""
 
 
 class RewardModelActor:
-    """A replica of a reward model. Small to construct; `start` does the work, and so does the first question after a restart.
+    """A replica of a reward model. Small to construct; `start` does the work, and is called again after a restart.
 
     Args:
         wanted: the model.
@@ -45,22 +46,20 @@ class RewardModelActor:
         secrets.adopt()
         self._wanted = wanted
         self._scorer: ChatScorer | None = None
-        self._busy = asyncio.Lock()
+        self._starting, self._busy = asyncio.Lock(), asyncio.Lock()
 
     async def start(self) -> None:
         """Load the model unless it is there."""
-        async with self._busy:
-            await self._loaded()
+        async with self._starting:
+            if self._scorer is None:
+                self._scorer = await asyncio.to_thread(ChatScorer, self._wanted, "cuda" if self._wanted.gpus else "cpu")
 
-    async def score(self, chats: list[Chat]) -> list[float]:
-        """See `ChatScorer.score`; one request at a time."""
-        async with self._busy:
-            return await asyncio.to_thread((await self._loaded()).score, chats)
-
-    async def _loaded(self) -> ChatScorer:
+    async def score(self, chats: list[Chat]) -> list[float] | None:
+        """See `ChatScorer.score`; one request at a time. None at once while the model is not loaded."""
         if self._scorer is None:
-            self._scorer = await asyncio.to_thread(ChatScorer, self._wanted, "cuda" if self._wanted.gpus else "cpu")
-        return self._scorer
+            return None
+        async with self._busy:
+            return await asyncio.to_thread(self._scorer.score, chats)
 
 
 class Replicas:
@@ -69,39 +68,74 @@ class Replicas:
     Args:
         names: of the actors.
         deadline_s: reward.deadline_s.
+        start_s: rollout.start_s; a replica that has not loaded its model by then is restarted.
     """
 
-    def __init__(self, names: Sequence[str], deadline_s: float) -> None:
+    def __init__(self, names: Sequence[str], deadline_s: float, start_s: float) -> None:
         self._actors = {name: ray.get_actor(name) for name in names}
         self._open = dict.fromkeys(names, 0)
-        self._deadline_s = SHARE * deadline_s
+        self._away: dict[str, asyncio.Task[None]] = {}  # replicas that are to load their model again -> the task that sees to it
+        self._deadline_s, self._start_s = SHARE * deadline_s, start_s
+
+    async def loaded(self) -> None:
+        """Wait until one is loaded, as far as is known here."""
+        while len(self._away) == len(self._actors):
+            await asyncio.wait(self._away.values(), return_when=asyncio.FIRST_COMPLETED)
 
     async def __call__(self, chats: list[Chat]) -> list[float]:
-        """The score of each chat, from the replica with the fewest questions; from another one when that dies.
+        """The score of each chat, from the loaded replica with the fewest questions; from another one when that dies.
 
         Raises:
-            InfrastructureError: none has answered in time. The one that was asked last is replaced.
+            InfrastructureError: none has answered in time. One that is loaded and was asked last is replaced.
             RayftError: what the model itself raised.
         """
-        until, failed = time.monotonic() + self._deadline_s, set[str]()
+        until = time.monotonic() + self._deadline_s
         while (left_s := until - time.monotonic()) > 0:
-            name = min(self._open, key=lambda one: (one in failed, self._open[one]))
+            if not (there := [name for name in self._open if name not in self._away]):
+                await asyncio.wait(self._away.values(), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                continue
+            name = min(there, key=self._open.__getitem__)
             self._open[name] += 1
             try:
                 async with asyncio.timeout(left_s):
-                    return list(await self._actors[name].score.remote(chats))
-            except TimeoutError:
-                ray.kill(self._actors[name], no_restart=False)
+                    scores = await self._actors[name].score.remote(chats)
+                if scores is not None:
+                    return list(scores)
+                self._bring_back(name)
             except RayTaskError as problem:
                 raise (problem.cause if isinstance(problem.cause, RayftError) else problem) from problem
+            except TimeoutError:
+                ray.kill(self._actors[name], no_restart=False)
+                self._bring_back(name)
             except RayError as problem:
                 log.warning("%s died (%s); its chats are scored again", name, type(problem).__name__)
-                failed.add(name)
-                await asyncio.sleep(AGAIN_S)
+                self._bring_back(name)
             finally:
                 self._open[name] -= 1
         rule = f"has not scored {len(chats)} chats within {self._deadline_s:g} s"
         raise InfrastructureError("reward model", ", ".join(self._open), rule, "Raise reward.deadline_s, or add replicas")
+
+    def _bring_back(self, name: str) -> None:
+        """Ask nothing of a replica until it has loaded its model."""
+        if name not in self._away:
+            self._away[name] = asyncio.create_task(self._load(name))
+
+    async def _load(self, name: str) -> None:
+        """Have a replica load its model, however often it takes; it is ended only when that takes longer than rollout.start_s."""
+        while True:
+            try:
+                async with asyncio.timeout(self._start_s):
+                    await self._actors[name].start.remote()
+                del self._away[name]
+                return
+            except RayTaskError as problem:
+                log.warning("%s has not loaded its model: %s", name, problem.cause)
+            except TimeoutError:
+                log.warning("%s has not loaded its model within %g s and is restarted", name, self._start_s)
+                ray.kill(self._actors[name], no_restart=False)
+            except RayError:
+                log.debug("%s is not back yet", name)
+            await asyncio.sleep(AGAIN_S)
 
 
 @contextmanager
@@ -120,7 +154,8 @@ def open_models(cfg: GrpoRun, driver: str, device_type: str, options: Mapping[st
         RayftError: a model cannot be loaded.
     """
     wanted = {name: one.model for name, one in cfg.reward.functions.items() if one.model is not None}
-    check_room(cfg, device_type, ray.cluster_resources())
+    if not cfg.parallel.autoscaling:
+        check_room(cfg, device_type, ray.cluster_resources())
     names = {name: tuple(f"{driver}-reward-{name}-{number}" for number in range(model.replicas)) for name, model in wanted.items()}
     with ExitStack() as made:
         starting = []

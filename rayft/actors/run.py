@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,8 +23,11 @@ from rayft.data import store
 from rayft.data.shards import read_manifest
 from rayft.observe.console import show_messages
 from rayft.observe.progress import follow
+from rayft.observe.startup import mark, uncompiled
 from rayft.observe.trackers import check_installed
 from rayft.types import Launch, R
+
+log = logging.getLogger("rayft")
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,14 @@ class Run(Generic[R]):
     @contextmanager
     def progress(self, launch: Launch[R]) -> Iterator[None]:
         """Show the steps as they are logged."""
-        log = self.run_dir / "metrics.jsonl"
+        mark("rows")
+        if line := uncompiled(self.cfg.parallel, self.device_type):
+            log.info(line)
+        metrics = self.run_dir / "metrics.jsonl"
         with ExitStack() as stack:
-            stack.enter_context(follow(log, launch.total_steps))
+            stack.enter_context(follow(metrics, launch.total_steps))
             if self.remote is not None and not self.local:
-                stack.enter_context(followed(store.join(self.remote, log.name), log))
+                stack.enter_context(followed(store.join(self.remote, metrics.name), metrics))
             yield
 
     def say_where(self) -> None:
@@ -101,6 +108,7 @@ def open_run(cfg: R, local: bool) -> Iterator[Run[R]]:
         ResourceError: the cluster is too small, or a node does not see the run's directory.
         InfrastructureError: another driver holds the directory.
     """
+    mark("imports")
     environment.prepare_process()
     show_messages()
     for spec in cfg.run.callbacks:
@@ -116,6 +124,7 @@ def open_run(cfg: R, local: bool) -> Iterator[Run[R]]:
         _check_resume(cfg, home)
         run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rayft-driver-")) if remote else home)
         device_type = _local_device(cfg) if local else _place(cfg)
+        mark("torch" if local else "Ray")
         if not local and remote is None:
             check_shared(run_dir, device_type)
         store.write(store.join(home, CONFIG), load.dump(cfg).encode())
@@ -135,7 +144,8 @@ def _place(cfg: AnyRun) -> str:
     placement.start_ray()
     resources = ray.cluster_resources()
     device = placement.resolve_device(cfg.parallel, resources)
-    placement.check_cluster(placement.need_of(cfg.parallel, device), resources)
+    if not cfg.parallel.autoscaling:
+        placement.check_cluster(placement.need_of(cfg.parallel, device), resources)
     return device
 
 

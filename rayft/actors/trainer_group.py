@@ -20,7 +20,8 @@ from rayft.checkpoint import resume
 from rayft.config.environment import Credentials
 from rayft.config.functions import FILE_MODULE
 from rayft.data import store
-from rayft.errors import InfrastructureError, RayftError, Stopped
+from rayft.data.waiting import wait_for_room
+from rayft.errors import InfrastructureError, RayftError, ResourceError, Stopped
 from rayft.train.requests import STOP_NOW
 from rayft.types import Launch
 
@@ -39,6 +40,7 @@ def fit(worker: Worker, launch: Launch[Any]) -> None:
     Raises:
         Stopped: it was asked to, and did.
         RayftError: what a worker raised, unchanged.
+        ResourceError: the cluster has no room for the workers within run.start_s.
         InfrastructureError: processes died more often than run.max_failures.
     """
     store.delete(store.join(launch.home, STOP_NOW))
@@ -65,6 +67,8 @@ def _fit_on_ray(worker: Worker, launch: Launch[Any]) -> None:
 
     allowed = launch.cfg.run.max_failures
     for failures in range(allowed + 1):
+        if not _has_room(launch):
+            return
         launch = _next_attempt(launch)
         if launch.remote is None:
             store.delete(store.join(resume.checkpoints_dir(launch.home), RAY_RECORD))
@@ -73,12 +77,15 @@ def _fit_on_ray(worker: Worker, launch: Launch[Any]) -> None:
             return
         except TrainingFailedError as failure:
             _raise_own(failure)
-            death = _first_line(failure)
+            death, unplaced = _first_line(failure), _is_unplaced(failure)
         except ray.exceptions.RayActorError as failure:
-            death = f"Ray Train's controller died ({_first_line(failure)})"
+            death, unplaced = f"Ray Train's controller died ({_first_line(failure)})", False
         log.warning("attempt %d died: %s", launch.attempt, death)
         if failures < allowed:
             log.warning("starting again from the newest checkpoint (restart %d of %d)", failures + 1, allowed)
+    if unplaced:
+        rule = "were not placed, because others took the room that there was a moment before"
+        raise ResourceError("parallel.workers", launch.cfg.parallel.workers, rule, "Run the same command again when there is more")
     raise InfrastructureError(
         "run.max_failures",
         allowed,
@@ -87,11 +94,48 @@ def _fit_on_ray(worker: Worker, launch: Launch[Any]) -> None:
     )
 
 
+def _has_room(launch: Launch[Any]) -> bool:
+    """Wait until the workers can be placed; False when the run was asked to stop meanwhile.
+
+    Also a cluster that has become too small is waited for: most get a lost node back.
+
+    Raises:
+        ResourceError: that took longer than run.start_s.
+    """
+    import ray
+
+    from rayft.actors.placement import check_cluster, need_of
+
+    parallel, asked = launch.cfg.parallel, store.join(launch.home, STOP_NOW)
+    try:
+        return wait_for_room(_bundles(launch), launch.cfg.run.start_s, "training", lambda: store.exists(asked))
+    except ResourceError:
+        if not parallel.autoscaling:
+            check_cluster(need_of(parallel, launch.device_type), ray.cluster_resources())
+        raise
+
+
+def _bundles(launch: Launch[Any]) -> list[dict[str, float]]:
+    """What Ray reserves for each worker."""
+    from rayft.actors.placement import gpu_share, worker_resources
+
+    cfg = launch.cfg
+    return [worker_resources(cfg.parallel, launch.device_type, gpu_share(cfg))] * cfg.parallel.workers
+
+
+def _failure_config() -> Any:
+    """Whatever fails comes back to `fit`, which numbers attempts: by itself, Ray would try again without end and without a word."""
+    from ray.train import FailureConfig
+
+    limits = ("max_failures", "controller_failure_limit", "max_preemption_failures")  # the last is newer than the oldest Ray that works
+    known = {field.name for field in dataclasses.fields(FailureConfig)}
+    return FailureConfig(**{name: 0 for name in limits if name in known})
+
+
 def _trainer(worker: Worker, launch: Launch[Any]) -> Any:
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train import LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from rayft.actors.placement import gpu_share, worker_resources
     from rayft.config.environment import credentials, worker_environment
 
     _ship_code(worker)
@@ -102,12 +146,12 @@ def _trainer(worker: Worker, launch: Launch[Any]) -> Any:
         scaling_config=ScalingConfig(
             num_workers=cfg.parallel.workers,
             use_gpu=gpu,
-            resources_per_worker=worker_resources(cfg.parallel, launch.device_type, gpu_share(cfg)),
+            resources_per_worker=_bundles(launch)[0],
         ),
         run_config=RunConfig(
             name=store.name_of(resume.checkpoints_dir(launch.home)),
             **_ray_storage(launch),
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=_failure_config(),
             logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": worker_environment()},
         ),
@@ -153,6 +197,11 @@ def _raise_own(failure: BaseException) -> None:
     for error in errors:
         if not _is_echo(error):
             raise error
+
+
+def _is_unplaced(failure: BaseException) -> bool:
+    """Whether Ray Train gave up waiting for the workers' places."""
+    return type(getattr(failure, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError"
 
 
 def _inside(failure: BaseException) -> list[BaseException]:

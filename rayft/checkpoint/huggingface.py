@@ -27,9 +27,9 @@ from rayft.errors import room_for
 from rayft.models.adapt import adapter_config
 from rayft.models.experts import is_wrapper, update_of
 from rayft.models.hub import EXPORT
-from rayft.models.load import hf_name, is_adapter, read_config
+from rayft.models.load import hf_name, is_adapter, kept_in_float32, make_dense, persistent_buffers, read_config
 from rayft.models.nf4 import parameters_of, quantised
-from rayft.models.stacked import Stacks, parts, stacks_of, stored_names
+from rayft.models.stacked import Stacks, by_stored_name, stacks_of, stored_names
 from rayft.models.tokenizer import load_tokenizer
 
 FILE_BYTES = 5 << 30
@@ -191,6 +191,7 @@ def _new_folder(target: Location, step: int) -> Iterator[Path]:
 def _write_rest(module: Any, model: Model, dtype: torch.dtype, folder: Path) -> None:
     """Configuration and tokenizer."""
     config = read_config(model)
+    make_dense(config)
     config.dtype = dtype
     config.architectures = [next(kind.__name__ for kind in type(module).__mro__ if not kind.__name__.startswith("FSDP"))]
     config.save_pretrained(folder)
@@ -204,7 +205,9 @@ def _bytes(state: Mapping[str, Tensor]) -> int:
 
 
 def _merged(module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Checkpoint name -> weight in `dtype`, W + scaling B A in float32 before where there is an adapter; the model keeps its own.
+    """Checkpoint name -> weight or persistent buffer, W + scaling B A in float32 before where there is an adapter; the model keeps its own.
+
+    They are in `dtype`, but for integers and for buffers that transformers holds in float32.
 
     A W that is held in 4 bits is the one that training computed with.
     """
@@ -227,7 +230,12 @@ def _merged(module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
             merged = base + part.scaling["default"] * (update if isinstance(base, DTensor) else _full(update))
             parameters[key] = merged.to(dtype)  # here, so that there is one float32 weight at a time
     parameters |= {name: part.dense(dtype) for name, part in held.items()}
-    return {name: value.to(dtype) for name, value in parameters.items()}
+    buffers = {
+        hf_name(name): buffer if kept_in_float32(module, name) or not buffer.is_floating_point() else buffer.to(dtype)
+        for name, buffer in persistent_buffers(module)
+        if ".original_module." not in name
+    }
+    return {name: value.to(dtype) for name, value in parameters.items()} | buffers
 
 
 def _stored(name: str, experts: Sequence[int], stacks: Stacks) -> list[str]:
@@ -239,10 +247,7 @@ def _stored(name: str, experts: Sequence[int], stacks: Stacks) -> list[str]:
 def _unstacked(state: Mapping[str, Tensor], stacks: Stacks) -> Iterator[tuple[str, Tensor]]:
     """(stored name, value), stacks in the parts that this rank has."""
     for name, value in state.items():
-        if stored_names(name, 1, stacks):
-            yield from parts(name, value, stacks)
-        else:
-            yield name, value
+        yield from by_stored_name(name, value, stacks)
 
 
 def _files(state: Mapping[str, Tensor]) -> dict[str, int]:

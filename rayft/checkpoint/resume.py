@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "run.max_failures",
     "run.stop_at",
     "run.deadline_s",
+    "run.start_s",
     "run.callbacks",
     "parallel",
     "kernels",
@@ -242,6 +243,12 @@ def refuse_held(home: Location) -> None:
     holder = _read_lease(store.join(home, LEASE))
     if holder is not None and _alive(holder):
         raise _held(store.join(home, LEASE), holder)
+
+
+def is_held(home: str) -> bool:
+    """Whether a driver lives that holds the run directory."""
+    holder = _read_lease(store.join(home, LEASE))
+    return holder is not None and _alive(holder)
 
 
 def _held(file: str, holder: Mapping[str, Any]) -> InfrastructureError:

@@ -15,8 +15,8 @@ READY_REWARDS = ("code", "exact", "format", "gsm8k", "length", "math", "reasonin
 
 
 def groups_can_differ(cfg: GrpoRun) -> Refusals:
-    """Every baseline here is made of the group's other answers."""
-    if cfg.rollout.group_size < 2:
+    """Every baseline but a critic's is made of the group's other answers, and so is the difference that a filter looks for."""
+    if cfg.rollout.group_size < 2 and (cfg.algorithm.advantage != "gae" or _filters(cfg)):
         rule = "leaves an answer nothing to be compared with, so every advantage is zero"
         yield ConfigError("rollout.group_size", cfg.rollout.group_size, rule, "Use 2 or more; 8 is usual")
 
@@ -69,6 +69,9 @@ def transports_reach(cfg: GrpoRun) -> Refusals:
     kind, device = cfg.weight_sync.type, cfg.parallel.device
     if kind in ("nccl", "ipc") and device == "cpu":
         yield ConfigError("weight_sync.type", kind, "moves tensors between GPUs, and parallel.device is cpu", "Use auto or disk")
+    if kind == "disk" and "://" in cfg.run.dir:
+        rule = f"hands files to engines in the run's directory, and run.dir = {cfg.run.dir} is no path"
+        yield ConfigError("weight_sync.type", kind, rule, "Use auto, which takes another way, or a run.dir that every node sees")
     if kind == "ipc" and cfg.placement.mode != "colocated":
         rule = "needs trainer and engine on one GPU, and placement.mode is separate"
         yield ConfigError("weight_sync.type", kind, rule, "Use nccl, or set placement.mode to colocated")
@@ -86,18 +89,32 @@ def adapters_do_not_drop(cfg: GrpoRun) -> Refusals:
         yield ConfigError("adapter.dropout", cfg.adapter.dropout, rule, "Set it to 0")
 
 
-def experts_are_not_adapted(cfg: GrpoRun) -> Refusals:
-    """Weights of experts are pushed one stack at a time, without what their adapters add."""
-    if cfg.adapter.target_parameters:
-        rule = "are not sent to engines yet, which would sample from another policy"
-        yield ConfigError("adapter.target_parameters", list(cfg.adapter.target_parameters), rule, "Leave it empty")
-
-
-def engines_have_the_base(cfg: GrpoRun) -> Refusals:
-    """They load the model's files as they are."""
+def engines_merge_what_is_sent(cfg: GrpoRun) -> Refusals:
+    """From the model's files as they are, linear layers only."""
+    if cfg.weight_sync.payload != "adapter":
+        return
     if cfg.model.quantize != "none":
-        rule = "makes the trained policy another one than engines sample from, whose base is not quantised"
-        yield ConfigError("model.quantize", cfg.model.quantize, rule, "Set it to none")
+        rule = f"lets engines merge adapters into weights that are not in 4 bits, and model.quantize is {cfg.model.quantize}"
+        yield ConfigError("weight_sync.payload", "adapter", rule, "Use auto, which sends all weights then")
+    if cfg.adapter.target_parameters:
+        rule = "lets engines merge adapters of linear layers only, and adapter.target_parameters names others"
+        yield ConfigError("weight_sync.payload", "adapter", rule, "Use auto, which sends all weights then")
+
+
+def a_critic_is_for_gae(cfg: GrpoRun) -> Refusals:
+    """One needs the other."""
+    algorithm = cfg.algorithm
+    if algorithm.values is not None and not SPEC.fullmatch(algorithm.values):
+        yield ConfigError("algorithm.values", algorithm.values, FORM, "Name one function, such as ./critic.py:values")
+    if algorithm.advantage == "gae":
+        if algorithm.values is None:
+            rule = "needs a value for each token, and algorithm.values is null"
+            yield ConfigError("algorithm.advantage", "gae", rule, "Name a critic, such as algorithm.values=./critic.py:values")
+        return
+    given = {"values": None, "gamma": 1.0, "lam": 1.0}
+    for name in [name for name, default in given.items() if getattr(algorithm, name) != default]:
+        rule = f"is read by algorithm.advantage gae alone, and that is {algorithm.advantage or 'null'}"
+        yield ConfigError(f"algorithm.{name}", getattr(algorithm, name), rule, "Set algorithm.advantage to gae, or remove the key")
 
 
 def gdpo_has_its_rewards(cfg: GrpoRun) -> Refusals:
@@ -192,10 +209,33 @@ def answers_are_rewarded(cfg: GrpoRun) -> Refusals:
 
 def rerolls_have_a_filter(cfg: GrpoRun) -> Refusals:
     """Only what was filtered is rolled again."""
-    unfiltered = cfg.algorithm.filter == "none" or (cfg.algorithm.filter is None and cfg.algorithm.type != "dapo")
-    if cfg.algorithm.rerolls and unfiltered:
+    if cfg.algorithm.rerolls and not _filters(cfg):
         rule = "has no filtered groups to roll again"
         yield ConfigError("algorithm.rerolls", cfg.algorithm.rerolls, rule, "Set algorithm.filter to zero_variance, or remove the key")
+
+
+def replay_has_its_places(cfg: GrpoRun) -> Refusals:
+    """Places of filtered groups, for groups that are older than the weights in training."""
+    algorithm, field = cfg.algorithm, "algorithm.replay"
+    if not algorithm.replay:
+        return
+    if not _filters(cfg):
+        rule = "has no filtered groups whose places it could fill"
+        yield ConfigError(field, algorithm.replay, rule, "Set algorithm.filter to zero_variance, or remove the key")
+    if cfg.rollout.max_staleness == 0:
+        rule = "trains on answers to older weights, and rollout.max_staleness is 0"
+        yield ConfigError(field, algorithm.replay, rule, "Set rollout.max_staleness to 1 or more, or remove the key")
+    if algorithm.importance == "none":
+        rule = "trains on answers to older weights, and algorithm.importance none does not make up for that"
+        yield ConfigError(field, algorithm.replay, rule, "Set algorithm.importance to token or sequence, or remove the key")
+    if algorithm.replay >= cfg.rollout.prompts_per_step:
+        rule = f"leaves no place for new groups among rollout.prompts_per_step = {cfg.rollout.prompts_per_step}"
+        yield ConfigError(field, algorithm.replay, rule, "Use a part of them, such as a quarter")
+
+
+def _filters(cfg: GrpoRun) -> bool:
+    """Whether groups can be filtered."""
+    return cfg.algorithm.filter == "zero_variance" or (cfg.algorithm.filter is None and cfg.algorithm.type == "dapo")
 
 
 def the_best_can_be_kept(cfg: GrpoRun) -> Refusals:
@@ -214,8 +254,8 @@ ONLINE_RULES: tuple[Callable[[GrpoRun], Refusals], ...] = (
     colocated_engines_pair_with_workers,
     transports_reach,
     adapters_do_not_drop,
-    engines_have_the_base,
-    experts_are_not_adapted,
+    engines_merge_what_is_sent,
+    a_critic_is_for_gae,
     gdpo_has_its_rewards,
     reward_names_are_plain,
     rewards_come_from_one_place,
@@ -223,6 +263,7 @@ ONLINE_RULES: tuple[Callable[[GrpoRun], Refusals], ...] = (
     environment_is_there,
     answers_are_rewarded,
     rerolls_have_a_filter,
+    replay_has_its_places,
     the_best_can_be_kept,
 )
 """Applied after the shared ones."""

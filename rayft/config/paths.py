@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import cast
 
-from rayft.config.schema import Dataset
+from rayft.config.schema import Dataset, GrpoRun, Reward
 from rayft.errors import ConfigError
 from rayft.types import R
 
@@ -21,6 +21,8 @@ RUN = "run:"
 
 def absolute(cfg: R) -> R:
     """The same run with every local path absolute; ids of models and datasets, URLs and inline templates stay as they are.
+
+    What a judge is asked takes the place of the file that it is in: other machines have no such file, and a run holds what was used.
 
     Raises:
         ConfigError: a source that is no id of the hub has fields that only the hub knows.
@@ -41,7 +43,8 @@ def absolute(cfg: R) -> R:
     )
     trackers = cfg.trackers.model_copy(update={"dir": plain(cfg.trackers.dir)}) if cfg.trackers.dir else cfg.trackers
     run = cfg.run.model_copy(update={"dir": plain(cfg.run.dir)})
-    return cast("R", cfg.model_copy(update={"model": model, "data": data, "trackers": trackers, "run": run}))
+    judged = {"reward": _judged(cfg.reward)} if isinstance(cfg, GrpoRun) else {}
+    return cast("R", cfg.model_copy(update={"model": model, "data": data, "trackers": trackers, "run": run, **judged}))
 
 
 def plain(path: str) -> str:
@@ -74,3 +77,19 @@ def _existing(path: str) -> str:
 def _template(template: str | None) -> str | None:
     """Text of a template stays as it is; the name of a file becomes absolute."""
     return _existing(template) if template and len(template) < 1024 and "{" not in template else template
+
+
+def _judged(reward: Reward) -> Reward:
+    functions = dict(reward.functions)
+    for name, function in reward.functions.items():
+        if (judge := function.judge) is None or not is_template_file(judge.prompt):
+            continue
+        if (file := Path(judge.prompt).expanduser()).is_file():
+            read = judge.model_copy(update={"prompt": file.read_text(encoding="utf-8")})
+            functions[name] = function.model_copy(update={"judge": read})
+    return reward.model_copy(update={"functions": functions})
+
+
+def is_template_file(text: str) -> bool:
+    """Whether it names a file of a Jinja template rather than is one."""
+    return text.endswith(".jinja") and "{" not in text

@@ -113,6 +113,13 @@ def micro_rows_fit(cfg: SftRun) -> Refusals:
         yield ConfigError("batch.micro_rows", batch.micro_rows, rule, f"Use {batch.rows} or less")
 
 
+def a_growing_cluster_has_its_device(cfg: AnyRun) -> Refusals:
+    """Which devices its nodes will have cannot be seen before they are there."""
+    if cfg.parallel.autoscaling and cfg.parallel.device == "auto":
+        rule = "takes what the cluster has when the run starts, and parallel.autoscaling is true"
+        yield ConfigError("parallel.device", "auto", rule, "Set it to cuda or cpu")
+
+
 def workers_divide_into_replicas(cfg: AnyRun) -> Refusals:
     """Every replica has as many workers."""
     workers, replicas = cfg.parallel.workers, cfg.parallel.replicas
@@ -329,6 +336,7 @@ RULES: tuple[Callable[[AnyRun], Refusals], ...] = (
     source_names_can_be_addressed,
     columns_belong_to_the_format,
     role_and_content_differ,
+    a_growing_cluster_has_its_device,
     workers_divide_into_replicas,
     offloaded_state_has_its_optimizer,
     run_ends_within_its_schedule,

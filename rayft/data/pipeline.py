@@ -27,6 +27,7 @@ from rayft.data.packing import pack
 from rayft.data.sources import row_place
 from rayft.data.store import Location
 from rayft.data.units import Unit, plan_units
+from rayft.data.waiting import silence_told, wait_for_room
 from rayft.errors import ConfigError, DataError, RayftError
 from rayft.models.tokenizer import fingerprint, load_tokenizer, template_text
 
@@ -54,6 +55,7 @@ class Job:
         data: how rows become documents and documents rows.
         units: those to pack.
         credentials: for stores.
+        start_s: longest wait for a cluster that has no room.
     """
 
     directory: str
@@ -61,6 +63,7 @@ class Job:
     data: Data
     units: tuple[Unit, ...]
     credentials: Credentials
+    start_s: float
 
 
 def prepare(cfg: SftRun, split: Literal["train", "eval"], *, use_ray: bool) -> str:
@@ -78,6 +81,7 @@ def prepare(cfg: SftRun, split: Literal["train", "eval"], *, use_ray: bool) -> s
         DataError: files are missing or malformed, no row can be used, or shards on disk are damaged.
         ConfigError: the folder is not the same on every node.
         InfrastructureError: another process kept the folder's lock for longer than `run.deadline_s`.
+        ResourceError: the cluster had no room for a single packing actor within `run.start_s`.
     """
     tokenizer = load_tokenizer(cfg.model)
     cfg = with_hub_files(cfg, split)
@@ -170,7 +174,7 @@ def _fill(cfg: SftRun, split: str, key: str, directory: str, tokenizer: Tokenize
     units = plan_units(split, getattr(cfg.data, split), cfg.data.unit_mb)
     there = shards.read_units(directory, range(len(units)))
     missing = tuple(unit for unit in units if unit.index not in there)
-    job = Job(directory, cfg.model, cfg.data, missing, credentials())
+    job = Job(directory, cfg.model, cfg.data, missing, credentials(), cfg.run.start_s)
     if missing:
         finished = _pack_through_ray(job) if use_ray else _pack_here(job, make_encoder(cfg.data, tokenizer))
         try:
@@ -219,10 +223,16 @@ def pool_shape(cpus: float, wanted: int | None, units: int) -> tuple[int, float]
 
 
 def _pack_through_ray(job: Job) -> Generator[int, None, None]:
-    """Pack the job's units in Ray Data actors; yields the input rows of each unit when it is done, in any order."""
+    """Pack the job's units in Ray Data actors; yields the input rows of each unit when it is done, in any order.
+
+    Raises:
+        ResourceError: the cluster has no room for one of them within the job's wait. They start as places come free.
+    """
     import ray.data
 
     actors, cpus = pool_shape(ray.cluster_resources().get("CPU", 1.0), job.data.actors, len(job.units))
+    actor = [{"CPU": cpus}]
+    wait_for_room(actor, job.start_s, "packing")
     results = ray.data.from_items(list(range(len(job.units)))).map_batches(
         Packer,
         fn_constructor_args=(job,),
@@ -233,8 +243,9 @@ def _pack_through_ray(job: Job) -> Generator[int, None, None]:
     results.context.enable_progress_bars = False
     # A unit that cannot be split, such as a large compressed file, shows no progress for as long as it takes.
     results.context.execution_no_progress_timeout_s = -1
-    with closing(iter(results.iter_rows())) as rows:
+    with closing(iter(results.iter_rows())) as rows, silence_told("packing", actor) as finished:
         for row in rows:
+            finished()
             if row["error"]:
                 raise pickle.loads(row["error"])
             yield int(row["rows_read"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -30,7 +31,7 @@ from rayft.types import Prompt
 
 if TYPE_CHECKING:
     from rayft.config.schema import GrpoRun
-    from rayft.models.tokenizer import Tokenizer
+    from rayft.models.tokenizer import Backend, Tokenizer
 
 log = logging.getLogger("rayft")
 
@@ -106,7 +107,7 @@ def prompt_tokens(row: Mapping[str, Any], dataset: Dataset, tokenizer: Tokenizer
     Raises:
         DataError: the row lacks a column, has a wrong type, or the template refuses it.
     """
-    backend = exact_backend(tokenizer)
+    backend = _backend(tokenizer)
     if dataset.format == "text":
         text = encodable(text_column(row, dataset.text, where), where)
         return [*leading_tokens(tokenizer), *backend.encode(text, add_special_tokens=False).ids]
@@ -117,6 +118,12 @@ def prompt_tokens(row: Mapping[str, Any], dataset: Dataset, tokenizer: Tokenizer
         rule = f"the chat template refuses the row ({problem})"
         raise DataError(where, None, rule, "Correct the row, or choose another template with model.chat_template") from problem
     return list(backend.encode(encodable(text, where), add_special_tokens=False).ids)
+
+
+@functools.lru_cache(maxsize=1)
+def _backend(tokenizer: Tokenizer) -> Backend:
+    """Made once for all rows: it is read from the text of the whole tokenizer."""
+    return exact_backend(tokenizer)
 
 
 def _conversation(row: Mapping[str, Any], dataset: Dataset, where: str) -> Conversation:

@@ -12,6 +12,10 @@ others overtake it; with the second, no token of a batch of step n is older than
 Groups that were filtered, dropped or restarted give their place back. A filtered one may be rolled again, under later weights than those
 that it was started under: it counts as a new group then, whose answers are drawn anew.
 
+With replay on, the place of a filtered group is kept free while a group of an earlier step could take it. A step that lacks accepted groups
+takes as many of those instead: groups that were trained once, started under version n - S or later, with the most signal first, then by
+ordinal. So a group is trained twice at most, never twice in a batch, and under the same bound as any other.
+
 Batches stay pinned until a checkpoint that covers them is committed. A trainer that restarts from step k gets the batches k, k + 1, ...
 again, and nothing is started before it has caught up and pushed its weights.
 
@@ -21,7 +25,7 @@ The state changes by events only, each one JSON line of a journal; applying a jo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +44,7 @@ class Limits:
         restarts: times that a group is started again after a process died under it, and after its environment failed.
         rescores: times that a group is scored again after its reward failed.
         rerolls: times that a filtered group is started again under later weights.
+        replay: most groups of a step that earlier steps have trained already.
     """
 
     groups: int
@@ -48,6 +53,7 @@ class Limits:
     restarts: int
     rescores: int
     rerolls: int = 0
+    replay: int = 0
 
 
 @dataclass
@@ -65,6 +71,9 @@ class Admission:
         committed: steps that a committed checkpoint covers.
         rolls: ordinal -> times that its answers were rolled again, or are to be.
         later: filtered groups to roll again -> version that they were started under.
+        vacant: places of filtered groups that no other group was started for.
+        signals: ordinal -> signal of its answers, of accepted and replayable groups at least.
+        replayable: groups trained once that the next step's bound allows -> version that they were started under.
         counts: "filtered", "dropped", "restarted", "rescored" and "rerolled" groups so far.
         failures: (what, ordinal) -> times, of groups in flight.
     """
@@ -82,6 +91,9 @@ class Admission:
     committed: int = 0
     rolls: Counter[int] = field(default_factory=Counter)
     later: dict[int, int] = field(default_factory=dict)
+    vacant: int = 0
+    signals: dict[int, float] = field(default_factory=dict)
+    replayable: dict[int, int] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     failures: Counter[tuple[str, int]] = field(default_factory=Counter)
 
@@ -95,10 +107,7 @@ class Admission:
         for ordinal in self.again:
             if ordinal in self.missing:
                 return ordinal
-        in_flight = self.running.keys() | self.scoring.keys()
-        taken = len(self.batches) * self.limits.groups + len(self.accepted) + len(in_flight - self.missing)
-        steps = min(self.version + 1 + self.limits.staleness, self.limits.steps)
-        if not self.caught_up or taken >= self.limits.groups * steps:
+        if not self.caught_up or self.free() <= len(self._replays()):
             return None
         due = next((ordinal for ordinal, version in self.later.items() if version < self.version), self.next_ordinal)
         return self.again[0] if self.again else due
@@ -109,20 +118,41 @@ class Admission:
             return None if self.missing.intersection(self.batches[step]) else self.batches[step]
         if step != len(self.batches) or step > self.version:
             return None
-        ready = sorted((version, ordinal) for ordinal, version in self.accepted.items())[: self.limits.groups]
-        if len(ready) < self.limits.groups:
+        ready = [ordinal for _, ordinal in sorted((version, ordinal) for ordinal, version in self.accepted.items())]
+        taken = (ready + self._replays())[: self.limits.groups]
+        if len(taken) < self.limits.groups:
             return None
-        taken = {ordinal for _, ordinal in ready}
-        due: Counter[int] = Counter()
+        chosen, due = {*taken}, Counter[int]()
         for ordinal, version in (self.accepted | self.running | self.scoring).items():
-            if ordinal not in taken and ordinal not in self.missing:
+            if ordinal not in chosen and ordinal not in self.missing:
                 due[version + self.limits.staleness] += 1
         left = 0
         for last in sorted(due):
             left += due[last]
             if left > self.limits.groups * (last - step):
                 return None
-        return tuple(ordinal for _, ordinal in ready)
+        return tuple(taken)
+
+    def free(self) -> int:
+        """Groups that may be started under the present weights, replay aside."""
+        in_flight = self.running.keys() | self.scoring.keys()
+        taken = len(self.batches) * self.limits.groups + len(self.accepted) + len(in_flight - self.missing)
+        return self.limits.groups * min(self.version + 1 + self.limits.staleness, self.limits.steps) - taken
+
+    def replayed(self, step: int, batch: Iterable[int]) -> list[int]:
+        """Those of a step's groups that an earlier step has trained already."""
+        earlier = {ordinal for before in range(step - self.limits.staleness, step) for ordinal in self.batches.get(before, ())}
+        return [ordinal for ordinal in batch if ordinal in earlier]
+
+    def needed(self) -> set[int]:
+        """Groups whose answers a batch is made of, or may be."""
+        pinned = {ordinal for step in range(self.committed, len(self.batches)) for ordinal in self.batches[step]}
+        return pinned | self.accepted.keys() | self.replayable.keys()
+
+    def _replays(self) -> list[int]:
+        """The groups of earlier steps that may fill places of the next one, those with the most signal first."""
+        best = sorted(self.replayable, key=lambda ordinal: (-self.signals[ordinal], ordinal))
+        return best[: min(self.limits.replay, self.vacant)]
 
     def waits_for(self) -> tuple[int, ...]:
         """Groups in flight, those started first before others."""
@@ -137,6 +167,7 @@ def started(state: Admission, ordinal: int) -> None:
         state.counts["rerolled"] += 1
     state.next_ordinal = max(state.next_ordinal, ordinal + 1)
     state.running[ordinal] = state.version
+    state.vacant = min(state.vacant, max(state.free(), 0))
 
 
 def finished(state: Admission, ordinal: int) -> None:
@@ -144,16 +175,21 @@ def finished(state: Admission, ordinal: int) -> None:
     state.scoring[ordinal] = state.running.pop(ordinal)
 
 
-def scored(state: Admission, ordinal: int, kept: bool) -> None:
+def scored(state: Admission, ordinal: int, kept: bool, signal: float = 0.0) -> None:
     """The rewards are there; a group that no filter keeps gives its place back, unless it is made again for a batch."""
     version = state.scoring.pop(ordinal)
     _clear_failures(state, ordinal)
+    if kept and state.limits.replay:
+        state.signals[ordinal] = signal
     if ordinal in state.missing:
         state.missing.remove(ordinal)
+        if not kept:
+            state.replayable.pop(ordinal, None)
     elif kept:
         state.accepted[ordinal] = version
     else:
         state.counts["filtered"] += 1
+        state.vacant += bool(state.limits.replay)
         if state.rolls[ordinal] < state.limits.rerolls:
             state.rolls[ordinal] += 1
             state.later[ordinal] = version
@@ -173,11 +209,16 @@ def failed(state: Admission, ordinal: int, why: str) -> None:
         _restart(state, ordinal)
 
 
-def consumed(state: Admission, step: int, ordinals: list[int]) -> None:
-    """The step's batch is made of these."""
+def consumed(state: Admission, step: int, ordinals: Sequence[int], replayed: Sequence[int] = ()) -> None:
+    """The step's batch is made of these, some of which an earlier step has trained already."""
     state.batches[step] = tuple(ordinals)
-    for ordinal in ordinals:
-        del state.accepted[ordinal]
+    state.vacant -= len(replayed)
+    for ordinal in replayed:  # a journal of other limits may name groups that these do not keep
+        state.replayable.pop(ordinal, None)
+    once = {ordinal: state.accepted.pop(ordinal) for ordinal in ordinals if ordinal not in replayed}
+    if state.limits.replay:
+        state.replayable = {one: version for one, version in (state.replayable | once).items() if version > step - state.limits.staleness}
+        state.signals = {one: state.signals[one] for one in state.accepted.keys() | state.replayable.keys()}
 
 
 def lost(state: Admission, ordinals: list[int]) -> None:
@@ -204,10 +245,12 @@ def trainer_restarted(state: Admission, step: int) -> None:
 
 
 def controller_restarted(state: Admission) -> None:
-    """All answers in flight and all that were not consumed are lost; consumed ones are made again when somebody asks for them."""
+    """All answers in flight and all that were not consumed are lost; consumed ones are made again when the batch that they are in is asked
+    for, and are not replayed in others."""
     for ordinal in [*state.running, *state.scoring, *state.accepted]:
         _restart(state, ordinal)
     state.again = sorted({*state.again, *state.missing})
+    state.replayable.clear()
 
 
 def driver_restarted(state: Admission, step: int) -> None:
@@ -234,14 +277,18 @@ EVENTS: dict[str, Callable[..., None]] = {
 def _drop(state: Admission, ordinal: int) -> None:
     state.running.pop(ordinal, None)
     state.scoring.pop(ordinal, None)
+    state.replayable.pop(ordinal, None)
     state.counts["dropped"] += 1
     _clear_failures(state, ordinal)
-    if ordinal in state.missing:  # its batch takes a spare, the next group to start
+    pinned = [step for step in range(state.committed, len(state.batches)) if ordinal in state.batches[step]]
+    state.missing.discard(ordinal)
+    if pinned:  # it was made again, and its batches take a spare, the next group to start
         spare = next((one for one in state.again if one not in state.missing), state.next_ordinal)
         state.next_ordinal = max(state.next_ordinal, spare + 1)
-        state.missing = state.missing - {ordinal} | {spare}
+        state.missing.add(spare)
         state.again = sorted({*state.again, spare})
-        state.batches = {step: tuple(spare if one == ordinal else one for one in batch) for step, batch in state.batches.items()}
+        for step in pinned:
+            state.batches[step] = tuple(spare if one == ordinal else one for one in state.batches[step])
 
 
 def _restart(state: Admission, ordinal: int) -> None:
@@ -257,9 +304,12 @@ def _clear_failures(state: Admission, ordinal: int) -> None:
 
 def _forget_steps_from(state: Admission, step: int) -> None:
     """Whatever came of the weights after that step is made again under the weights of the steps to come."""
-    for later in [one for one in state.batches if one >= step]:
-        state.again = sorted({*state.again, *state.batches.pop(later)})
+    forgotten = {ordinal for later in [one for one in state.batches if one >= step] for ordinal in state.batches.pop(later)}
     for ordinal in [*state.running, *state.scoring, *state.accepted]:
         _restart(state, ordinal)
+    trained = {ordinal for batch in state.batches.values() for ordinal in batch}  # by a step that stays
+    state.again = sorted({*state.again, *forgotten} - trained)
     state.missing.clear()
+    state.replayable.clear()
+    state.vacant = 0
     state.version = state.committed = step

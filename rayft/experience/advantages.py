@@ -1,12 +1,16 @@
-"""From the rewards of groups to one advantage per answer. Pure; a group is the answers to one prompt.
+"""From the rewards of groups to one advantage per answer, or, by a critic's values, per token. Pure; a group is the answers to one prompt.
 
 The standard deviation is the sample's (divided by n - 1). A group whose rewards are all equal has advantages of exactly zero.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from array import array
 from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 Rewards = Sequence[Sequence[float]]
 """[groups][answers]"""
@@ -62,6 +66,39 @@ def gdpo(rewards: Sequence[Mapping[str, Sequence[float]]], weights: Mapping[str,
     flat = _centred([advantage for group in summed for advantage in group])
     deviation, values = _deviation(flat), iter(flat)
     return [_scaled([next(values) for _ in group], deviation) for group in summed]
+
+
+def gae(rewards: Sequence[float], values: Sequence[float], gamma: float, lam: float) -> list[float]:
+    """Generalised advantage estimation of one trajectory: arXiv 1506.02438, equation 16, with a value of 0 after the end.
+
+    A position is a token that the policy wrote. What an environment wrote between two turns is none: the last token of a turn is followed
+    by the first one of the next turn, undiscounted for what lies between.
+
+    Args:
+        rewards: by position, for the token there.
+        values: by position, of all that comes before the token.
+        gamma: discount from one position to the next.
+        lam: 0 trusts the values alone, 1 the rewards.
+
+    Returns:
+        One advantage per position.
+    """
+    advantages, advantage, following = list[float](), 0.0, 0.0
+    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
+        advantage = reward + gamma * following - value + gamma * lam * advantage
+        following = value
+        advantages.append(advantage)
+    return advantages[::-1]
+
+
+def whitened(groups: Sequence[Sequence[array[float]]]) -> list[list[array[float]]]:
+    """Advantages by token of [groups][answers], less their mean, over their standard deviation, both over all tokens."""
+    flat = np.concatenate([np.asarray(answer, np.float64) for group in groups for answer in group])
+    centred = flat - flat.mean() if flat.min() < flat.max() else np.zeros_like(flat)
+    deviation = math.sqrt(float((centred * centred).sum()) / max(len(flat) - 1, 1))
+    ends = itertools.accumulate((len(answer) for group in groups for answer in group), initial=0)
+    scaled, edges = (centred / (deviation + STD_EPS)).astype(np.float32), itertools.pairwise(ends)
+    return [[array("f", scaled[slice(*next(edges))].tobytes()) for _ in group] for group in groups]
 
 
 def overlong_penalty(length: int, max_tokens: int, buffer: int, penalty: float) -> float:

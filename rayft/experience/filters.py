@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 
 from rayft.types import Scored
@@ -15,6 +16,11 @@ def keep_all(group: Scored) -> bool:
 def has_variance(group: Scored) -> bool:
     """Whether the answers differ in total reward: without a difference every advantage is zero (DAPO, arXiv 2503.14476, section 3.2)."""
     return max(group.total) > min(group.total)
+
+
+def signal(group: Scored) -> float:
+    """How much there is to learn from a group: the deviation of its answers' total rewards."""
+    return statistics.pstdev(group.total)
 
 
 FILTERS: dict[str, Callable[[Scored], bool]] = {"none": keep_all, "zero_variance": has_variance}

@@ -11,8 +11,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from rayft.config.functions import UserFunction, load_function, resolve
 from rayft.config.schema import GrpoRun
-from rayft.errors import DataError
+from rayft.errors import DataError, InfrastructureError
 from rayft.experience.advantages import overlong_penalty
+from rayft.experience.critic import CRITIC, advantages_of, critic_function
 from rayft.experience.pack import step_of
 from rayft.models.tokenizer import load_tokenizer
 from rayft.rewards import http_judge, scorers
@@ -26,7 +27,7 @@ Models = Mapping[str, Callable[[list[Chat]], Awaitable[Sequence[float]]]]
 
 
 def reward_functions(cfg: GrpoRun) -> dict[str, UserFunction]:
-    """The run's reward functions by name, after a look at whether they, and its judges, can be called as the run says.
+    """The run's reward functions by name, and its critic, after a look at whether they, and its judges, can be called as the run says.
 
     Raises:
         ConfigError: one does not exist, cannot be loaded, does not take its arguments, or cannot run on this machine.
@@ -43,6 +44,8 @@ def reward_functions(cfg: GrpoRun) -> dict[str, UserFunction]:
         scorers.check_arguments(field, function, wanted)
         if ":" not in spec and (check := getattr(sys.modules[function.__module__], "check", None)) is not None:
             check(wanted.arguments)
+    if cfg.algorithm.values is not None:
+        found[CRITIC] = critic_function(cfg.algorithm.values)
     return found
 
 
@@ -57,6 +60,7 @@ class Judge:
 
     def __init__(self, cfg: GrpoRun, functions: Mapping[str, UserFunction], models: Models | None = None) -> None:
         self._cfg, self._tokenizer = cfg, load_tokenizer(cfg.model)
+        self._critic = load_function(functions[CRITIC]) if cfg.algorithm.values is not None else None
         self._scorers: dict[str, Scorer] = {}
         for name, wanted in cfg.reward.functions.items():
             if wanted.judge is not None:
@@ -68,10 +72,11 @@ class Judge:
                 self._scorers[name] = scorers.of_function(load_function(functions[name]), wanted)
 
     async def score(self, group: Group) -> Scored:
-        """The rewards of a group's answers.
+        """The rewards of a group's answers, and with a critic the advantages of their tokens.
 
         Raises:
-            DataError: a reward could not be given.
+            DataError: a reward or a value could not be given.
+            InfrastructureError: a judge or a reward model could not be asked, which is no fault of the row.
         """
         answers = Answers(
             prompt=self.text(group.prompt.tokens),
@@ -87,19 +92,22 @@ class Judge:
             weights[name] = self._cfg.environment.weight
         lengths = tuple(sum(trajectory.by_policy) for trajectory in group.trajectories)
         steps = [step_of(version) for trajectory in group.trajectories for version, _, _ in trajectory.versions]
+        total = tuple(
+            math.fsum(weights[name] * rewards[name][index] for name in rewards) + self._overlong(length)
+            for index, length in enumerate(lengths)
+        )
+        critic = self._critic
         return Scored(
             key=group.prompt.key,
             rewards=rewards,
-            total=tuple(
-                math.fsum(weights[name] * rewards[name][index] for name in rewards) + self._overlong(length)
-                for index, length in enumerate(lengths)
-            ),
+            total=total,
             lengths=lengths,
             sizes=tuple(len(group.prompt.tokens) + len(trajectory.tokens) for trajectory in group.trajectories),
             truncated=tuple(trajectory.finish_reason == "length" for trajectory in group.trajectories),
             turns=tuple(trajectory.turns for trajectory in group.trajectories),
             oldest=min(steps),
             newest=max(steps),
+            advantages=await advantages_of(critic, group, total, self._cfg.algorithm) if critic is not None else (),
         )
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -121,6 +129,8 @@ class Judge:
         field, count = f"reward.functions.{name}", len(answers.texts)
         try:
             given = await self._scorers[name](answers)
+        except InfrastructureError:
+            raise
         except Exception as problem:  # the user's code may raise anything
             rule = f"raised {type(problem).__name__} on row {dict(answers.row)!r:.200}: {problem}"
             raise DataError(field, None, rule, "Mend it, or take such rows out") from problem

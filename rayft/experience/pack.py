@@ -8,6 +8,7 @@ advantage and weight, and the divisor is that of the whole step.
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from rayft.data.packing import pack
 from rayft.data.reader import Row, collate
-from rayft.experience.advantages import ADVANTAGES, gdpo
+from rayft.experience.advantages import ADVANTAGES, gdpo, whitened
 from rayft.types import Batch, Group, Scored
 
 BUCKET = 1024
@@ -32,7 +33,7 @@ class Weighing:
     """How rewards become advantages, and how answers share the loss.
 
     Attributes:
-        advantage: a key of ADVANTAGES, or "gdpo", which normalises each reward on its own.
+        advantage: a key of ADVANTAGES; "gdpo", which normalises each reward on its own; or "gae", which whitens those that scores bring.
         reward_weights: reward name -> weight, for gdpo.
         average: token, the mean over all trained tokens; sequence, the mean over answers of their token means; constant, the sum over all
             tokens divided by answers times max_tokens.
@@ -55,7 +56,7 @@ class Answer:
         group, place: of the batch's groups and in the group.
         index: unique in the step; names its tokens, so that randomness does not depend on packing.
         size: tokens with the prompt.
-        advantage: of each of its trained tokens.
+        advantage: of all its trained tokens, or of each.
         weight: of each of its trained tokens in the loss; 0 leaves it out.
     """
 
@@ -63,7 +64,7 @@ class Answer:
     place: int
     index: int
     size: int
-    advantage: float
+    advantage: float | array[float]
     weight: float
 
 
@@ -101,10 +102,7 @@ def plan(batch: Sequence[Scored], weighing: Weighing, *, budget: int, world: int
 
 
 def _answers(batch: Sequence[Scored], weighing: Weighing) -> list[Answer]:
-    if weighing.advantage == "gdpo":
-        advantages = gdpo([group.rewards for group in batch], weighing.reward_weights)
-    else:
-        advantages = ADVANTAGES[weighing.advantage]([group.total for group in batch])
+    advantages = _advantages(batch, weighing)
     index, found = itertools.count(), []
     for number, group in enumerate(batch):
         for place, (size, length, truncated) in enumerate(zip(group.sizes, group.lengths, group.truncated, strict=True)):
@@ -112,6 +110,14 @@ def _answers(batch: Sequence[Scored], weighing: Weighing) -> list[Answer]:
             counts = not (truncated and weighing.mask_truncated)
             found.append(Answer(number, place, next(index), size, advantages[number][place], weight if counts else 0.0))
     return found
+
+
+def _advantages(batch: Sequence[Scored], weighing: Weighing) -> Sequence[Sequence[float | array[float]]]:
+    if weighing.advantage == "gae":
+        return whitened([group.advantages for group in batch])
+    if weighing.advantage == "gdpo":
+        return gdpo([group.rewards for group in batch], weighing.reward_weights)
+    return ADVANTAGES[weighing.advantage]([group.total for group in batch])
 
 
 def _update(answers: list[Answer], batch: Sequence[Scored], weighing: Weighing, budget: int, world: int) -> Update:
@@ -184,7 +190,7 @@ def _document(answer: Answer, group: Group) -> _Document:
     by_policy = np.array(trajectory.by_policy, bool)
     document.weights[start:] = by_policy * np.float32(answer.weight)
     document.logprobs[start:] = np.where(by_policy, np.array(trajectory.logprobs, np.float32), 0)
-    document.advantages[start:] = by_policy * np.float32(answer.advantage)
+    document.advantages[start:][by_policy] = answer.advantage
     for version, first, end in trajectory.versions:
         document.versions[start + first : start + end] = step_of(version)
     return document

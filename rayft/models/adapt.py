@@ -247,7 +247,9 @@ class RowDropout(nn.Module):
 
     def __init__(self, p: float, seed: int, keys: DropoutKeys) -> None:
         super().__init__()
-        self.p, self.seed, self.keys = p, seed & 0x7FFFFFFF, keys
+        self.p, self.keys = p, keys
+        # A tensor, for torch.compile would make a graph for each layer's int; on the CPU, where reading it waits for nothing.
+        self.seed = torch.tensor(seed & 0x7FFFFFFF, device="cpu")
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [1, T, H] -> the same shape; identity in evaluation."""

@@ -120,13 +120,20 @@ def parameters_of(module: nn.Module) -> set[Tensor]:
     return {tensor for _, part in quantised(module) for tensor in (part.weight, part.weight_scales)}
 
 
-def read(layers: Mapping[str, NF4Linear], files: Mapping[str, Path], device: str, copy_rows: Callable[[Tensor, Tensor], None]) -> None:
+def read(
+    layers: Mapping[str, NF4Linear],
+    files: Mapping[str, Path],
+    device: str,
+    dense: Callable[[str, Tensor], Tensor],
+    copy_rows: Callable[[Tensor, Tensor], None],
+) -> None:
     """Fill layers from safetensors files, one whole weight at a time.
 
     Args:
         layers: name of the weight in the files -> layer.
         files: that name -> its file.
         device: where to quantise.
+        dense: the weight of a name as numbers, given what the file holds.
         copy_rows: see `NF4Linear.fill`.
     """
     from safetensors import safe_open
@@ -137,7 +144,7 @@ def read(layers: Mapping[str, NF4Linear], files: Mapping[str, Path], device: str
     for file, names in by_file.items():
         with safe_open(file, framework="pt", device=device) as tensors:
             for name in names:
-                layers[name].fill(tensors.get_tensor(name), copy_rows)
+                layers[name].fill(dense(name, tensors.get_tensor(name)), copy_rows)
 
 
 def summary(names: Sequence[str]) -> str:

@@ -8,9 +8,23 @@ from rayft.errors import ConfigError
 from rayft.types import ModelSpec
 
 PLAIN = ModelSpec(model_types=())
-"""Decoder layers at model.layers, nothing to fix: Llama, Mistral, Qwen2, Qwen3, OLMo, SmolLM and most others."""
+"""Decoder layers at model.layers, nothing to fix: Llama, Mistral, Qwen2, Qwen3, OLMo, SmolLM and most others; see `doubt`."""
+
+COMPARED = {
+    "cohere", "gemma2", "gemma3_text", "gemma4_text", "glm4_moe", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3",
+    "qwen3_moe",
+}  # fmt: skip
+"""Values of the text configuration's `model_type` whose scores are held to transformers' by tests/parity."""
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def doubt(config: Any) -> str | None:
+    """What to know before training a family that was not compared with transformers; None for the others."""
+    kind = config.get_text_config().model_type
+    if kind in COMPARED:
+        return None
+    return f"{kind} is not among the families that were compared with transformers: run rayft check MODEL before training it"
 
 
 def spec_of(config: Any) -> ModelSpec:

@@ -57,6 +57,14 @@ def stored_names(name: str, experts: int, stacks: Stacks) -> list[list[str]]:
     return []
 
 
+def by_stored_name(name: str, parameter: Tensor, stacks: Stacks) -> Iterator[tuple[str, Tensor]]:
+    """(stored name, value) of a parameter: itself, or the parts of a stack that this rank has."""
+    if stored_names(name, 1, stacks):
+        yield from parts(name, parameter, stacks)
+    else:
+        yield name, parameter
+
+
 def parts(name: str, parameter: Tensor, stacks: Stacks) -> Iterator[tuple[str, Tensor]]:
     """(stored name, view) of what this rank has of a stack."""
     local, first = parameter.detach(), 0

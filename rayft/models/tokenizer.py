@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from rayft.config.schema import Model
+    from rayft.config.schema import Dataset, Model
 
 Tokenizer: TypeAlias = "PreTrainedTokenizerFast"
 Backend: TypeAlias = "tokenizers.Tokenizer"
@@ -80,6 +81,25 @@ def exact_backend(tokenizer: Tokenizer) -> Backend:
     backend.no_padding()
     backend.no_truncation()
     return backend
+
+
+def has_chats(sources: Mapping[str, Dataset]) -> bool:
+    """Whether any source is more than plain text, so that questions are asked as chats."""
+    return any(source.format != "text" for source in sources.values())
+
+
+def question(tokenizer: Tokenizer, conversation: Sequence[Mapping[str, str]], *, chat: bool) -> list[int]:
+    """Token ids that the model is to continue: a rendered chat, or plain text where that is wanted or there is no template.
+
+    Args:
+        tokenizer: of the model.
+        conversation: turns of {role, content}.
+        chat: render them by the chat template, if there is one.
+    """
+    if chat and tokenizer.chat_template:
+        rendered: Any = tokenizer.apply_chat_template(list(conversation), add_generation_prompt=True, return_dict=True)
+        return list(rendered["input_ids"])
+    return list(tokenizer("\n".join(turn["content"] for turn in conversation))["input_ids"])
 
 
 def special_tokens(tokenizer: Tokenizer) -> frozenset[str]:

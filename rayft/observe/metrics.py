@@ -81,6 +81,7 @@ METRICS: dict[str, Metric] = {
     ),
     "rollout/rescored": Metric("groups", "same", "Groups that were scored again so far, after a reward failed."),
     "rollout/rerolled": Metric("groups", "same", "Filtered groups so far that were asked again under later weights."),
+    "rollout/replayed": Metric("groups", "same", "Groups of the step that an earlier step has trained already."),
     "rollout/engines": Metric("engines", "same", "Engines that serve the current weights."),
     "rollout/tokens_per_s": Metric("tokens/s", "same", "Generated tokens of all engines, since the step before."),
     "rollout/idle": Metric("fraction", "same", "Time since the step before in which an engine had nothing to do, averaged over engines."),

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from rayft.errors import DataError
 from rayft.observe.log import decode
+from rayft.observe.startup import FirstStep
 
 _SHOWN = (
     ("train/loss", "loss {:.4f}"),
@@ -61,14 +62,19 @@ def follow(
     tail = _Tail(path)
     tail.poll()
     view: _View = _Bar(console, total_steps) if console.is_terminal else _Lines(console, total_steps, interval_s)
-    stop = threading.Event()
+    stop, first = threading.Event(), FirstStep()
     batch: dict[str, Any] = {}
+
+    def show() -> None:
+        records = tail.poll()
+        view.add(joined(records, batch))
+        first.look(records)
 
     def watch() -> None:
         try:
             while not stop.wait(poll_s):
-                view.add(joined(tail.poll(), batch))
-            view.add(joined(tail.poll(), batch))
+                show()
+            show()
         finally:
             view.close()
 

@@ -130,21 +130,39 @@ def _adapter_activations(sizes: dict[str, tuple[int, int]], compute: int, adapte
 
 
 def _experts(layer: LayerShape, hidden: int, compute: int, adapter: Adapter, how: How) -> int:
-    """Per token: of each visited expert input, output before weighting, and the inner values; fused, the input once and gate and up."""
+    """Per token: of each visited expert the output before weighting, the inner values, and the inputs of stacks that are trained or
+    adapted; fused, the input once and gate and up."""
     if not (how.experts and layer.gated and layer.active):
-        return compute * layer.active * (2 * hidden + (4 if layer.gated else 2) * layer.expert_width)
+        inputs = [size[0] for name, size in stacks(layer, hidden).items() if adapter.type == "none" or is_stack_target(name, adapter)]
+        return compute * layer.active * (hidden + (3 if layer.gated else 1) * layer.expert_width + sum(inputs))
     adapted = sum(is_stack_target(name, adapter) for name in stacks(layer, hidden)) if adapter.type == "lora" else 0
     rank = max(16, 1 << (adapter.r - 1).bit_length())  # as matrix units take it
     return compute * (hidden + layer.active * (2 * layer.expert_width + adapted * rank))
 
 
+def merged_stacks(layer: LayerShape, hidden: int, adapter: Adapter, how: How) -> list[int]:
+    """Weights of each stack of experts that peft adds the product of its adapter to in every forward, where experts are not fused.
+
+    Autograd keeps the sums for the backward, as it does any weight.
+    """
+    if how.experts and layer.gated:
+        return []
+    found = [size[0] * size[1] for name, size in stacks(layer, hidden).items() if adapter.type == "lora" and is_stack_target(name, adapter)]
+    return [layer.experts * size for size in found]
+
+
 def activation_gradients(layer: LayerShape, hidden: int, tokens: int, compute: int, how: How) -> int:
     """Gradients of a layer's values at the widest point of its backward: three of the MLP's width, two of the hidden size.
 
-    Fused experts hold one of the hidden size for each visited expert besides, until they are summed.
+    Fused experts hold one of the hidden size for each visited expert besides, until they are summed; on a CPU their activation's
+    backward runs in float32, on seven values of their width and, where those are narrower, copies of its three inputs.
     """
-    rows = layer.active * hidden if how.experts and layer.gated else 0
-    return compute * tokens * (3 * (layer.mlp + layer.active * layer.expert_width) + 2 * hidden + rows)
+    fused = how.experts and layer.gated
+    inner = 3 * compute
+    if fused and not how.gpu:
+        inner = compute + FLOAT32 * (7 if compute == FLOAT32 else 10)
+    of_experts = layer.active * (inner * layer.expert_width + (compute * hidden if fused and how.gpu else 0))
+    return tokens * (compute * (3 * layer.mlp + 2 * hidden) + of_experts)
 
 
 def attention_gradients(layer: LayerShape, hidden: int, tokens: int, longest: int, compute: int, how: How) -> int:

@@ -31,6 +31,7 @@ from rayft.parallel.activation_memory import (
     is_target,
     layer_activations,
     loss_bytes,
+    merged_stacks,
     norm,
 )
 from rayft.parallel.fsdp import SHARDS_BYTES
@@ -218,24 +219,29 @@ class Sizes:
         return layer_activations(layer, self.shape.hidden, self.compute, self.adapter, self.how)
 
     def kept(self, layer: LayerShape) -> int:
-        """Bytes per token that stay of a layer from its forward to its backward."""
+        """Bytes that stay of a layer from its forward to its backward."""
         if self.recompute == "none":
-            return self.inside(layer)
+            return self.tokens * self.inside(layer) + sum(self.merged(layer))
         copied = 0 if self.how.gpu else self.compute * layer.heads * layer.head_dim
         attention = attention_activations(layer, self.compute) + copied if self.recompute == "selective" else 0
-        return self.compute * self.shape.hidden + attention
+        return self.tokens * (self.compute * self.shape.hidden + attention)
 
     def recomputed(self, layer: LayerShape) -> int:
-        """Bytes per token that come anew in the layer's backward."""
+        """Bytes that come anew in the layer's backward."""
         if self.recompute == "none":
             return 0
-        return self.inside(layer) - (attention_activations(layer, self.compute) if self.recompute == "selective" else 0)
+        attention = attention_activations(layer, self.compute) if self.recompute == "selective" else 0
+        return self.tokens * (self.inside(layer) - attention) + sum(self.merged(layer))
+
+    def merged(self, layer: LayerShape) -> list[int]:
+        """Bytes of each stack of a layer's experts that its adapter was added to."""
+        return [self.compute * weights for weights in merged_stacks(layer, self.shape.hidden, self.adapter, self.how)]
 
     def here(self, index: int, *, ended: bool = False) -> int:
         """Bytes of what layers keep, on the device, in the backward of layer `index` or, when that has `ended`, after it."""
         layers = self.shape.layers
         first = 0 if not self.activations_away else index if index == len(layers) - 1 else max(index - 1, 0)
-        return self.tokens * sum(self.kept(layer) for layer in layers[first : index if ended else index + 1])
+        return sum(self.kept(layer) for layer in layers[first : index if ended else index + 1])
 
 
 def estimate(shape: ModelShape, cfg: AnyRun, device: str) -> MemoryPlan:
@@ -313,7 +319,7 @@ def _optimizer_states(s: Sizes) -> int:
 def _host(s: Sizes) -> dict[str, int]:
     """What is offloaded: the state with its gradients, and what all layers but the last keep."""
     state = _state(s) | {"gradients": s.trained * s.weights.trained // s.shards} if s.state_away else {}
-    return state | ({"activations": s.tokens * sum(s.kept(layer) for layer in s.shape.layers[:-1])} if s.activations_away else {})
+    return state | ({"activations": sum(s.kept(layer) for layer in s.shape.layers[:-1])} if s.activations_away else {})
 
 
 def _at_loss(s: Sizes) -> dict[str, int]:
@@ -338,6 +344,18 @@ def _made_dense(s: Sizes, layer: LayerShape) -> int:
     return s.compute * (sum(weights) if s.how.lora else max(weights, default=0))
 
 
+def _stack_gradients(s: Sizes, index: int) -> int:
+    """Bytes of the gradients of layer `index`'s stacks of experts: where they are trained, or in turn where adapters were added to them.
+
+    From the last on, the gradient of such a sum is there with the sums before it; the later ones are gone.
+    """
+    layer, merged = s.shape.layers[index], s.merged(s.shape.layers[index])
+    if s.adapter.type == "none":
+        weights = layer.experts * sum(inputs * outputs for inputs, outputs in stacks(layer, s.shape.hidden).values())
+        return s.compute * min(weights, s.weights.layers[index])
+    return max((sum(merged[: last + 1]) + size - sum(merged) for last, size in enumerate(merged)), default=0)
+
+
 def _head_gradient(s: Sizes) -> int:
     """The head's gradient, made by the loss and kept until the root's gradients are reduced."""
     return s.compute * s.shape.hidden * s.shape.vocab if s.weights.head_trained else 0
@@ -360,10 +378,11 @@ def _at_backward(s: Sizes, index: int) -> dict[str, int]:
     return {
         "gradients": s.reduced(reduced) + s.waiting(s.weights.trained - reduced),
         "gathered weights": s.gathered(s.above(index)) + _made_dense(s, layer),
-        "activations": s.here(index) + s.tokens * s.recomputed(layer) + final,
+        "activations": s.here(index) + s.recomputed(layer) + final,
         # The buffer in which the gradient of the layer above is summed.
         "gradients in flight": _head_gradient(s)
         + activation_gradients(layer, s.shape.hidden, s.tokens, s.compute, s.how)
+        + _stack_gradients(s, index)
         + s.summed(sum(s.weights.layers[index + 1 : index + 2])),
     }
 

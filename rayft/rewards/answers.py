@@ -28,6 +28,7 @@ _SPELLINGS = (
 _UNIT = re.compile(r"\\(?:text|textrm|textbf|mathrm|mbox)\s*\{[^{}0-9]*\}$")
 _FRAC = re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))")
 _WHOLE = "(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
+_LAST = re.compile(rf"(?<![0-9.])-?{_WHOLE}(?:\.[0-9]+)?")
 _NUMBER = re.compile(rf"(?P<sign>[+-]?)\s*(?:(?P<top>-?{_WHOLE})\s*/\s*(?P<below>-?{_WHOLE})|(?P<decimal>{_WHOLE}(?:\.[0-9]+)?|\.[0-9]+))")
 
 
@@ -45,6 +46,12 @@ def reference(row: Mapping[str, Any]) -> str:
     if not usable or isinstance(value, bool) or not (text := str(value).strip()):
         raise DataError(ANSWER, value, "is no reference answer, which is text or a finite number", "Correct the row, or take it out")
     return text
+
+
+def last_number(text: str) -> str | None:
+    """The text's last number as it is written, with sign, thousands and decimals; None when it has none."""
+    found = _LAST.findall(text)
+    return found[-1] if found else None
 
 
 def final(text: str) -> str | None:

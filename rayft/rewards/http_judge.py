@@ -7,7 +7,6 @@ import json
 import random
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -15,6 +14,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rayft.config.environment import credentials
+from rayft.config.paths import is_template_file
 from rayft.config.schema import HttpJudge
 from rayft.errors import ConfigError, DataError, InfrastructureError
 
@@ -138,10 +138,8 @@ def _number(value: Any) -> float | None:
 
 
 def _template(field: str, text: str) -> jinja2.Template:
-    if text.endswith(".jinja"):
-        if not Path(text).is_file():
-            raise ConfigError(f"{field}.prompt", text, "there is no such file", "Correct the path, or write the template itself")
-        text = Path(text).read_text(encoding="utf-8")
+    if is_template_file(text):  # one that is there has been read with the run's other paths
+        raise ConfigError(f"{field}.prompt", text, "there is no such file", "Correct the path, or write the template itself")
     try:
         return ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined).from_string(text)
     except jinja2.TemplateSyntaxError as problem:

@@ -26,6 +26,7 @@ from typing import Any
 NAMESPACES = 0x00020000 | 0x08000000 | 0x20000000 | 0x40000000  # mounts, System V IPC, processes, network
 MOUNTS, USERS = 0x00020000, 0x10000000
 PRIVATE, READ_ONLY, NO_SETUID, RECURSIVE = 1 << 18, 1, 2, 0x8000
+BIND = 0x1000 | 0x4000  # with what is mounted below
 MOUNT_SETATTR = 442  # number of the system call on every architecture
 DEATH_SIGNAL, KEEP_CAPABILITIES, ADOPT_ORPHANS, NO_NEW_PRIVILEGES = 1, 8, 36, 38
 READ_ANY_FILE = 1 << 2
@@ -33,6 +34,8 @@ FIRST_UID = 1_000_000_000
 """Users of root's runs start here, each with a number of its own: the limit on processes counts by user, and leaves root out."""
 HIDDEN = tuple(folder for folder in ("/proc", "/run", "/dev", "/tmp") if os.path.isdir(folder) and not os.__file__.startswith(f"{folder}/"))
 """Each is an empty file system in memory to a run: sockets, devices and files of others lie there. The last one is the run's folder."""
+LIBRARY = (Path(sys.base_prefix), Path(sys.base_prefix).resolve())
+"""The folder of the interpreter and its library, as it is named and where it lies."""
 PROOF = 100
 """File descriptor on which a run says that it came to its end."""
 CHUNK = 1 << 16
@@ -165,8 +168,10 @@ def _start(run: dict[str, Any], request: dict[str, Any], uid: int, ends: tuple[i
         os.closerange(3, PROOF)
         os.closerange(PROOF + 1, 4096)
         os.setsid()
-        kept = _may_read_any_file()
+        kept = 0 if request["isolated"] else _may_read_any_file()
         if request["isolated"]:
+            _check(_libc.unshare(MOUNTS))
+            _reach_library()
             _hide(run["stdin"])
         os.chdir(HIDDEN[-1] if request["isolated"] else request["folder"])
         _limit(request)
@@ -217,7 +222,7 @@ def _limit(request: dict[str, Any]) -> None:
 
 
 def _give_up_power(uid: int, kept: int) -> None:
-    """Root becomes another user, who may still read the interpreter's library wherever it lies. Nobody gets power back by a program."""
+    """Root becomes another user. Nobody gets power back by a program."""
     if os.geteuid() == 0:
         _prctl(KEEP_CAPABILITIES, 1)
         os.setgroups([])
@@ -229,7 +234,9 @@ def _give_up_power(uid: int, kept: int) -> None:
 
 
 def _may_read_any_file() -> int:
-    """The capability, when this process is root's and has it."""
+    """The capability, when this process is root's and has it, and needs it: its library lies where no other user may go."""
+    if not any(map(_closed, LIBRARY)):
+        return 0
     status = Path("/proc/self/status").read_text()
     return int(status.partition("CapPrm:")[2].split()[0], 16) & READ_ANY_FILE if os.geteuid() == 0 else 0
 
@@ -256,9 +263,26 @@ def _make_read_only() -> None:
     _check(_libc.syscall(MOUNT_SETATTR, -1, b"/", RECURSIVE, attributes, ctypes.sizeof(attributes)))
 
 
+def _closed(way: Path) -> Path | None:
+    """The first folder on the way that only some users may enter, as /root often is."""
+    return next((folder for folder in reversed(way.parents) if not folder.stat().st_mode & 1), None)
+
+
+def _reach_library() -> None:
+    """Let the user that root becomes reach the library, and nothing else in the folder that is closed to that user."""
+    if os.geteuid() != 0:
+        return
+    library = os.open(sys.base_prefix, os.O_PATH)
+    for way in LIBRARY:
+        if (closed := _closed(way)) is not None:
+            _check(_libc.mount(b"none", os.fsencode(closed), b"tmpfs", NO_SETUID, b"size=1m,mode=755"))
+            way.mkdir(parents=True)
+            _check(_libc.mount(f"/proc/self/fd/{library}".encode(), os.fsencode(way), None, BIND, None))
+    os.close(library)
+
+
 def _hide(stdin: str) -> None:
     """File systems of this run alone, which end with it."""
-    _check(_libc.unshare(MOUNTS))
     for folder in HIDDEN:
         _check(_libc.mount(b"none", folder.encode(), b"tmpfs", NO_SETUID, b"size=64m,nr_inodes=4k,mode=1777"))
     for name, text in (("null", ""), ("stdin", stdin)):  # as files, for programs that open them

@@ -107,7 +107,7 @@ def refusal() -> str | None:
     if sys.platform != "linux":
         return f"{sys.platform} has no namespaces"
     try:
-        (outcome,) = run([Program("print(6 * 7)")], Limits())
+        (outcome,) = run([Program("import decimal\nprint(decimal.Decimal(6) * 7)")], Limits())  # of the library, which must be in reach
     except ConfigError as problem:
         return str(problem.value)
     return None if outcome.out == "42\n" else f"a first program ended with {outcome}"

@@ -7,7 +7,7 @@ conversation as it likes: the policy goes on from what it has seen and written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rayft.data.chat import TEMPLATE_ERRORS, Message, Render, renderer
@@ -27,10 +27,11 @@ class Dialogue:
 
     Args:
         tokenizer: of the run.
+        environment: its name, for messages.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._backend = tokenizer, exact_backend(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, environment: str | None = None) -> None:
+        self._tokenizer, self._backend, self._environment = tokenizer, exact_backend(tokenizer), environment
         self._render: Render | None = renderer(tokenizer, None) if template_text(tokenizer) else None
         self._generation = self._encode(self._added([{"role": "user", "content": TURN}], ())) if self._render else ()
 
@@ -45,12 +46,13 @@ class Dialogue:
         """What the policy reads between the prompt, without its generation prompt, and its first turn.
 
         Raises:
-            DataError: messages cannot follow the prompt.
+            DataError: messages cannot follow the prompt, or it is no reply.
         """
         if isinstance(reply, str):
             return (*generation, *self._encode(reply))
         if not reply:
             return generation
+        self._require_messages(reply)
         if generation != self._generation:
             rule = "opened with messages, and the prompt does not end with the chat template's generation prompt"
             raise DataError("environment", None, rule, "Use data of a chat format, or open with a text")
@@ -60,10 +62,11 @@ class Dialogue:
         """What the policy reads after a turn of its own that ended with the token `last`.
 
         Raises:
-            DataError: the chat template refuses the messages, or there is none.
+            DataError: the chat template refuses the messages, there is none, or it is no reply.
         """
         if isinstance(reply, str):
             return self._encode(reply)
+        self._require_messages(reply)
         following = self._rendered([*ASKED, *reply], True).partition(TURN)[2]
         space = len(following) - len(following.lstrip())
         ending = str(self._tokenizer.convert_ids_to_tokens(last))
@@ -73,6 +76,11 @@ class Dialogue:
         """What the policy wrote in a turn, special tokens included but for the one that ended it."""
         ended = tokens[:-1] if tokens and tokens[-1] == self._tokenizer.eos_token_id else tokens
         return str(self._tokenizer.decode(list(ended)))
+
+    def _require_messages(self, reply: object) -> None:
+        if not isinstance(reply, Sequence) or not all(isinstance(message, Mapping) for message in reply):
+            rule = f"must reply with a text or a list of messages, each a mapping, and gave {reply!r:.200}"
+            raise DataError("environment.function", self._environment, rule, "See Reply in rayft/rollout/env.py")
 
     def _added(self, before: Sequence[Message], reply: Sequence[Message]) -> str:
         """What the template writes for messages after others whose last one has been ended, with the generation prompt."""

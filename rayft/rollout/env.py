@@ -5,7 +5,8 @@
         def reset(self, row, seed): return ()
         def step(self, text): return Observation([{"role": "user", "content": "higher"}])
 
-Methods are plain or async. Plain ones run in a thread of their own environment, so none holds up an engine or another environment.
+Methods are plain or async. Plain ones run in a thread of their own environment, so none holds up an engine or another environment. A thread
+whose call never returns cannot be ended; a process that has too many of them says so and is restarted, see `refuse_stuck`.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ import asyncio
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, SupportsFloat, TypeAlias
 
 from rayft.data.chat import Message
-from rayft.errors import RayftError
+from rayft.errors import InfrastructureError, RayftError
 
 REWARD = "environment"
 """Name of the reward that environments give."""
+MOST_STUCK = 32
+"""Threads of this process that may be kept by calls of episodes that are over: each keeps its memory, and may keep a core busy."""
 
 Reply: TypeAlias = Sequence[Message] | str
 """Chat messages, which the chat template renders, or a text that is read as it is, turn markup included."""
@@ -84,6 +86,7 @@ class Episode:
     def __init__(self, make: MakeEnvironment, deadline_s: float, key: str) -> None:
         self._make, self._deadline_s, self._key = make, deadline_s, key
         self._thread = ThreadPoolExecutor(1, "environment")
+        self._calls: list[Future[Any]] = []
         self._environment: Any = None
 
     async def reset(self, row: Mapping[str, Any], seed: int) -> Reply:
@@ -114,13 +117,15 @@ class Episode:
             with suppress(EnvironmentFailed):
                 await self._call(environment.close)
         self._thread.shutdown(wait=False, cancel_futures=True)
+        _stuck.update(call for call in self._calls if call.running())
 
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             async with asyncio.timeout(self._deadline_s) as limit:
                 if inspect.iscoroutinefunction(function):
                     return await function(*arguments)
-                return await asyncio.get_running_loop().run_in_executor(self._thread, partial(function, *arguments))
+                self._calls.append(self._thread.submit(function, *arguments))
+                return await asyncio.wrap_future(self._calls[-1])
         except Exception as problem:  # the user's code may raise anything
             name = getattr(function, "__name__", "making it")
             if limit.expired():
@@ -131,3 +136,19 @@ class Episode:
 
     def _failed(self, rule: str) -> EnvironmentFailed:
         return EnvironmentFailed("environment", None, f"prompt {self._key}: {rule}", "The prompt is asked again; look into the cause")
+
+
+_stuck: set[Future[Any]] = set()
+"""Calls of episodes that are over, past their deadline or cancelled."""
+
+
+def refuse_stuck() -> None:
+    """Refuse to go on in a process with too many threads that environments keep.
+
+    Raises:
+        InfrastructureError: the process is to be restarted.
+    """
+    _stuck.intersection_update([call for call in _stuck if call.running()])
+    if len(_stuck) >= MOST_STUCK:
+        rule = f"{len(_stuck)} calls of episodes that are over have not returned, and each holds a thread of the engine"
+        raise InfrastructureError("environment", None, rule, "The engine is restarted; give the environment's own waits a deadline")

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from rayft.models.decode import Decoder, load_for_decoding
+from rayft.models.load import persistent_buffers
+from rayft.models.stacked import by_stored_name, stacks_of
 from rayft.rollout.compat import spans_of
-from rayft.rollout.receive import Receiver
+from rayft.rollout.receive import UNDEFINED, Receiver, refuse_undefined
 from rayft.types import Completion
 
 if TYPE_CHECKING:
@@ -46,12 +48,15 @@ class LocalEngine:
     """
 
     def __init__(self, options: EngineOptions) -> None:
-        self._options, self._version = options, options.version
+        self._options, self._version, self._receiving = options, options.version, False
         dtype: torch.dtype = getattr(torch, options.dtype)
         self._model = load_for_decoding(
             options.model, dtype, random_weights=options.random_weights, trust_remote_code=options.trust_remote_code
         )
         self._decoder = Decoder(self._model)
+        stacks = stacks_of(self._model)
+        own: dict[str, Tensor] = dict(self._model.named_parameters()) | dict(persistent_buffers(self._model))
+        self._parameters = {part: view for name in own for part, view in by_stored_name(name, own[name], stacks)}
         self._receiver = Receiver(self._copy, options.model, dtype, torch.device("cpu"))
         self._requests: dict[str, _Request] = {}
         self._turn = asyncio.Lock()
@@ -84,7 +89,12 @@ class LocalEngine:
         return Completion(tuple(request.tokens[len(prompt) :]), tuple(request.logprobs), spans_of(request.tags), reason)
 
     async def pause(self) -> None:
-        """Stop producing tokens; returns when the step under way is over."""
+        """Stop producing tokens; returns when the step under way is over.
+
+        Raises:
+            InfrastructureError: a push to this engine broke off.
+        """
+        refuse_undefined(await self.version())
         self._going.clear()
         async with self._turn:
             pass
@@ -99,16 +109,17 @@ class LocalEngine:
             await asyncio.to_thread(self._receiver.start, push)
             return []
         if push["phase"] == "chunk":
+            self._receiving = True
             await asyncio.to_thread(self._receiver.chunk, push)
             return []
         await asyncio.to_thread(self._receiver.finish)
         self._decoder.forget()
-        self._version = version
-        return [self._receiver.answer(dict(self._model.named_parameters()))]
+        self._version, self._receiving = version, False
+        return [self._receiver.answer(self._parameters)]
 
     async def version(self) -> str:
-        """Version of the weights that the next token is produced with."""
-        return self._version
+        """Version of the weights that the next token is produced with; `receive.UNDEFINED` in the middle of a push."""
+        return UNDEFINED if self._receiving else self._version
 
     async def load(self) -> Mapping[str, float]:
         """See `types.Engine`; the cache grows as needed, so it is never full."""
@@ -159,10 +170,9 @@ class LocalEngine:
 
     @torch.no_grad()
     def _copy(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        parameters = dict(self._model.named_parameters())
         for name, tensor in tensors:
-            if name in parameters:  # the head of a tied model is its embedding, whatever the files say
-                parameters[name].copy_(tensor)
+            if name in self._parameters:  # the head of a tied model is its embedding, whatever the files say
+                self._parameters[name].copy_(tensor)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> tuple[int, float]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rayft.errors import InfrastructureError
 from rayft.weight_sync import gloo, nccl
 from rayft.weight_sync.adapter import merged_weights
 from rayft.weight_sync.broadcast import BroadcastInlet, Connect
@@ -19,7 +20,23 @@ from rayft.weight_sync.disk import DiskInlet
 from rayft.weight_sync.ipc import IpcInlet
 from rayft.weight_sync.wire import Entry, bit_sum, from_table, read_sums
 
+UNDEFINED = ""
+"""Version of an engine from when a push begins to change its weights until it is complete."""
 Load = Callable[[Iterable[tuple[str, Tensor]]], object]
+
+
+def refuse_undefined(version: str) -> None:
+    """Refuse to begin a push to an engine in which an earlier one broke off: such a process is ended, never used again.
+
+    Args:
+        version: of the engine.
+
+    Raises:
+        InfrastructureError: it is undefined.
+    """
+    if version == UNDEFINED:
+        rule = "an earlier push to it broke off, so what it holds is undefined"
+        raise InfrastructureError("rollout engine", None, rule, "It is restarted by itself")
 
 
 class Inlet(Protocol):
@@ -128,7 +145,8 @@ def loaded_flaws(
 ) -> tuple[list[str], list[str]]:
     """Hold a model's parameters to the tensors that it was given.
 
-    A fused parameter must sum to its parts, because bit sums add up; rows that pad a vocabulary are zero and add nothing.
+    A fused parameter must sum to its parts, because bit sums add up, in whatever order the engine holds them; rows that pad a vocabulary
+    are zero and add nothing.
 
     Args:
         given: name -> bit sum of the tensor that was given.
@@ -142,7 +160,7 @@ def loaded_flaws(
     sums = read_sums({name: bit_sum(parameter) for name, parameter in parameters.items() if parameter.numel()})
     wrong, unchecked = [], [name for name, parameter in parameters.items() if not parameter.numel()]
     for name, value in sums.items():
-        parts = [name] if name in given else _parts(name, fused or {})
+        parts = [name] if name in given else _parts(name, fused or {}) or _parts_of_experts(name, given)
         if not parts or any(part not in given for part in parts):
             unchecked.append(name)
         elif (sum(given[part] for part in parts) - value) % 2**64:
@@ -155,3 +173,15 @@ def _parts(name: str, fused: Mapping[str, tuple[str, ...]]) -> list[str]:
     if len(path) < 2 or path[-2] not in fused:
         return []
     return [".".join([*path[:-2], part, path[-1]]) for part in fused[path[-2]]]
+
+
+_OF_EXPERTS = {"w13_weight": ("gate_proj", "up_proj", "w1", "w3"), "w2_weight": ("down_proj", "w2")}
+"""vLLM's name of all experts' weights in a layer -> how files name the parts of one expert."""
+
+
+def _parts_of_experts(name: str, given: Mapping[str, int]) -> list[str]:
+    """Weights of all experts of the layer, `<layer>.experts.<number>.<part>.weight`."""
+    layer, found, rest = name.rpartition(".experts.")
+    endings = _OF_EXPERTS.get(rest.rpartition(".")[2], ())
+    prefix = f"{layer}.experts."
+    return [one for one in given if found and one.startswith(prefix) and one.split(".")[-2] in endings]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,8 @@ from rayft.rollout.env import Environment, MakeEnvironment
 
 READY = {"tools": "rayft.rollout.environments.tools:Tools", "openenv": "rayft.rollout.environments.openenv:OpenEnv"}
 """Where an environment is that is named without a colon."""
+READY_TOOLS = "rayft.rollout.environments."
+"""Where tools come with rayft. The module of one that not every machine can run has a function `check`, which refuses."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,14 @@ def maker_of(scene: Scene) -> tuple[MakeEnvironment, list[dict[str, Any]] | None
     """What makes environments, after it has made one, and the schemas of the tools that environments have.
 
     Raises:
-        ConfigError: a function cannot be loaded, or what it makes is no environment.
+        ConfigError: a function cannot be loaded, what it makes is no environment, or a tool cannot run on this machine.
     """
     arguments: dict[str, Any] = dict(scene.section.arguments)
     if scene.tools:
         arguments["tools"] = [load_function(tool) for tool in scene.tools]
+        for module in {tool.module for tool in scene.tools if tool.module.startswith(READY_TOOLS)}:
+            if (check := getattr(sys.modules[module], "check", None)) is not None:
+                check()
     make: Callable[..., Environment] = partial(load_function(scene.function), **arguments)
     try:
         made = make()
@@ -92,4 +98,4 @@ def stage_of(cfg: GrpoRun, scene: Scene) -> Stage:
         DataError: the tokenizer cannot be read.
     """
     make, _ = maker_of(scene)
-    return Stage(make, Dialogue(load_tokenizer(cfg.model)), scene.section.deadline_s, scene.section.max_turns)
+    return Stage(make, Dialogue(load_tokenizer(cfg.model), scene.section.function), scene.section.deadline_s, scene.section.max_turns)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rayft.errors import InfrastructureError
 from rayft.rollout import compat
+from rayft.rollout.receive import UNDEFINED, refuse_undefined
 from rayft.types import Completion
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ async def start_vllm(options: EngineOptions) -> VllmEngine:
         del os.environ["VLLM_CPU_KVCACHE_SPACE"]  # it would override kv_cache_memory_bytes
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
     arguments = AsyncEngineArgs(
@@ -66,8 +68,11 @@ async def start_vllm(options: EngineOptions) -> VllmEngine:
         kv_cache_memory_bytes=options.kv_cache_bytes,
         gpu_memory_utilization=UNUSED_SHARE,
         tensor_parallel_size=options.workers,
+        # In a placement group vLLM would take Ray for its own workers, and look for bundles of theirs.
+        distributed_executor_backend="mp" if options.workers > 1 else None,
         enforce_eager=options.eager,
         **({} if options.eager else GRAPHS),
+        **({"enable_chunked_prefill": False, "max_num_batched_tokens": max(options.context, 2048)} if current_platform.is_cpu() else {}),
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",
         seed=options.seed,
@@ -99,7 +104,7 @@ class VllmEngine:
 
     def __init__(self, llm: Any, options: EngineOptions, load: _Load, children: Sequence[BaseProcess]) -> None:
         self._llm, self._options, self._load, self._children = llm, options, load, children
-        self._version = options.version
+        self._version, self._receiving = options.version, False
         self._native = compat.knows_versions()
         self._tags: dict[str, list[tuple[str, int]]] = {}  # request -> tokens by each version before the one in force, see compat.spans_of
 
@@ -150,7 +155,12 @@ class VllmEngine:
         return Completion(tuple(output.token_ids), logprobs, spans, output.finish_reason)
 
     async def pause(self) -> None:
-        """Stop producing tokens; requests stay and wait."""
+        """Stop producing tokens; requests stay and wait.
+
+        Raises:
+            InfrastructureError: a push to this engine broke off.
+        """
+        refuse_undefined(await self.version())
         await self._in_time(self._llm.pause_generation(mode="keep", clear_cache=False))
 
     async def resume(self) -> None:
@@ -170,6 +180,7 @@ class VllmEngine:
 
         if push["phase"] == "start":
             await self._in_time(self._llm.init_weight_transfer_engine(WeightTransferInitRequest({"push": dict(push)})))
+            self._receiving = True
             await self._in_time(self._llm.start_weight_update())
             return []
         if push["phase"] == "chunk":
@@ -181,12 +192,12 @@ class VllmEngine:
                 tags.append((self._version, count - sum(earlier for _, earlier in tags)))
         self._load.expect_preemptions()
         await self._in_time(self._llm.reset_prefix_cache(reset_running_requests=True))
-        self._version = version
+        self._version, self._receiving = version, False
         return list(await self._in_time(self._llm.collective_rpc("rayft_answer")))
 
     async def version(self) -> str:
-        """Version of the weights that the next token is produced with."""
-        return self._version
+        """Version of the weights that the next token is produced with; `receive.UNDEFINED` in the middle of a push."""
+        return UNDEFINED if self._receiving else self._version
 
     async def load(self) -> Mapping[str, float]:
         """See `types.Engine`, as of the last step; preemptions that a push caused are not counted.

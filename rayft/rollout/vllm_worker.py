@@ -16,7 +16,7 @@ import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from rayft.rollout.compat import repack_tied_head
+from rayft.rollout.compat import repack_experts, repack_tied_head
 from rayft.rollout.receive import Receiver
 
 
@@ -71,8 +71,10 @@ class ReceivedWeights(WeightTransferEngine):  # type: ignore[misc]
 
         self._receiver.finish()
         finalize_layerwise_reload(self.model, self.model_config)
-        if self.device.type == "cpu" and self.model_config.hf_text_config.tie_word_embeddings:
-            repack_tied_head(self.model)
+        if self.device.type == "cpu":
+            repack_experts(self.model)
+            if self.model_config.hf_text_config.tie_word_embeddings:
+                repack_tied_head(self.model)
 
     def answer(self) -> dict[str, Any]:
         """See `Receiver.answer`. What a tensor parallel worker loaded is a part of what it got, and is not compared."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from rayft.config.schema import AnyRun
+from rayft.config.schema import AnyRun, GrpoRun
 from rayft.errors import ConfigError
-from rayft.models import adapt, experts, fused, heads, load, nf4, patch, select
-from rayft.models.spec import spec_of
+from rayft.models import adapt, fused, heads, load, nf4, patch, select
+from rayft.models.spec import doubt, spec_of
 from rayft.parallel import activation, attention
 from rayft.parallel.mesh import Mesh
 from rayft.parallel.parallelize import parallelize
@@ -36,14 +36,13 @@ def build_model(cfg: AnyRun, session: Session, mesh: Mesh) -> Any:
         DataError: the model's files lack a weight.
     """
     device_type = session.device.split(":")[0]
-    config = load.read_config(cfg.model)
+    config = model_config(cfg)
     spec = spec_of(config)
     selective = cfg.parallel.activation_checkpointing == "selective"
     load.register_attention(activation.keeping_attention(attention.packed_attention) if selective else attention.packed_attention)
     compute = load.compute_dtype(cfg.model, device_type)
     module = load.build(cfg.model, config, load.base_dtype(cfg.model, frozen=cfg.adapter.type != "none", device_type=device_type))
 
-    _refuse_experts_in_engines(module, cfg)
     held = quantise(module, cfg, spec)
     targets = adapt.adapt(module, cfg.adapter, cfg.run.seed)
     module.trained_rows = select.unfreeze(module, cfg.model.unfrozen) if cfg.model.unfrozen else {}
@@ -55,6 +54,8 @@ def build_model(cfg: AnyRun, session: Session, mesh: Mesh) -> Any:
     load.materialise(module, cfg.model, cfg.run.seed, session.device, cpu_offload=cfg.parallel.cpu_offload)
     select.hold_rows(module, module.trained_rows)
 
+    if session.rank == 0 and (line := doubt(config)):
+        log.warning(line)
     if session.rank == 0 and targets:
         log.info("adapters on %d modules", len(targets))
     if session.rank == 0 and held:
@@ -66,10 +67,18 @@ def build_model(cfg: AnyRun, session: Session, mesh: Mesh) -> Any:
     return module
 
 
-def _refuse_experts_in_engines(module: Any, cfg: AnyRun) -> None:
-    if cfg.method == "grpo" and any(True for _ in experts.experts_of(module)):
-        rule = "has stacked experts, which are not sent to engines yet"
-        raise ConfigError("model.path", cfg.model.path, rule, "Choose a model without experts")
+def model_config(cfg: AnyRun) -> Any:
+    """The model's configuration.
+
+    Raises:
+        ConfigError: see `load.read_config`; or engines would be started from weights in 8 bits, which no push can replace.
+    """
+    config = load.read_config(cfg.model)
+    if isinstance(cfg, GrpoRun) and cfg.model.init != "random" and load.quantisation_of(config):
+        rule = "is stored in 8 bits, and engines that start from it take no other weights"
+        remedy = "Save its weights dense first, as transformers does with FineGrainedFP8Config(dequantize=True)"
+        raise ConfigError("model.path", cfg.model.path, rule, remedy)
+    return config
 
 
 def quantise(module: Any, cfg: AnyRun, spec: ModelSpec) -> list[str]:
@@ -82,7 +91,8 @@ def quantise(module: Any, cfg: AnyRun, spec: ModelSpec) -> list[str]:
 
 
 def planned_lines(cfg: AnyRun, device_type: str) -> list[str]:
-    """What is held in 4 bits, and what attention and each part of each decoder layer would run on, found on the meta device, in words.
+    """What is held in 4 bits, what attention and each part of each decoder layer would run on, and what to be wary of, in words; found
+    on the meta device.
 
     Args:
         cfg: the run.
@@ -91,14 +101,14 @@ def planned_lines(cfg: AnyRun, device_type: str) -> list[str]:
     Raises:
         ConfigError: the model, adapter or family cannot do what the configuration asks.
     """
-    config = load.read_config(cfg.model)
+    config = model_config(cfg)
     spec = spec_of(config)
     load.register_attention(attention.packed_attention)
     module = load.build(cfg.model, config, torch.float32)
-    _refuse_experts_in_engines(module, cfg)
     held = quantise(module, cfg, spec)
     adapt.adapt(module, cfg.adapter, cfg.run.seed)
     patch.apply_fixes(module, spec)
     lines = fused.report(fused.fuse(module, spec, cfg.adapter, device_type, cfg.kernels))
     lines += [f"attention: {line}" for line in attention.summary(module, device_type, cfg.parallel.attention)]
-    return [f"model.quantize=nf4: {nf4.summary(held)}", *lines] if held else lines
+    lines = [f"model.quantize=nf4: {nf4.summary(held)}", *lines] if held else lines
+    return [*lines, f"warning: {line}"] if (line := doubt(config)) else lines

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from rayft.config.schema import SftRun
+from rayft.config.schema import Kernels, SftRun
 from rayft.data.reader import Row, collate
 from rayft.errors import TrainingError
 from rayft.models import nf4
 from rayft.models.adapt import match_targets
-from rayft.models.load import compute_dtype, config_of, layers_of, load_plain
+from rayft.models.load import compute_dtype, config_of, hf_name, layers_of, load_plain, seed_of
 from rayft.models.spec import spec_of
 from rayft.models.tokenizer import load_tokenizer
 from rayft.parallel import attention, fsdp
 from rayft.parallel.mesh import build_mesh
-from rayft.train.build import build_model
+from rayft.train.build import build_model, planned_lines
 from rayft.types import Batch, Session
 
 TEXTS = (
@@ -33,6 +35,9 @@ TEXTS = (
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Largest difference of a token's log-probability that the compute type explains."""
+
+SHORT = 32
+"""Tokens of a row's last document, which is not halved any more."""
 
 
 def check_model(cfg: SftRun, session: Session, say: Callable[[str], None]) -> None:
@@ -61,11 +66,14 @@ def check_model(cfg: SftRun, session: Session, say: Callable[[str], None]) -> No
     say(f"model.quantize=nf4: {nf4.summary(nf4.choose(meta, layers_of(meta, spec_of(config).layers), ()))}")
     for line in attention.summary(model, session.device.split(":")[0], cfg.parallel.attention):
         say(f"attention: {line}")
+    for line in planned_lines(_with_lora(cfg), "cuda"):
+        say(f"on a GPU, with adapter.type=lora: {line}")
 
-    documents = [tokenizer(text, add_special_tokens=True)["input_ids"] for text in TEXTS]
+    documents = [list(tokenizer(text, add_special_tokens=True)["input_ids"]) for text in TEXTS]
+    row = _row(documents, cfg.data.seq_len, config, say)
+    what = f"a row of {cfg.data.seq_len} tokens in {len(row)} packed documents against the same alone"
+    _compare(what, _scores(model, _batch(row).to(session.device)), _alone(model, row, session), cfg, session, say)
     packed = _scores(model, _batch(documents).to(session.device))
-    alone = torch.cat([_scores(model, _batch([document]).to(session.device)) for document in documents])
-    _compare("packed documents against the same alone", packed, alone, cfg, session, say)
     if cfg.model.init == "pretrained":
         plain = load_plain(cfg.model, compute_dtype(cfg.model, session.device.split(":")[0])).to(session.device)
         _compare(
@@ -75,6 +83,79 @@ def check_model(cfg: SftRun, session: Session, say: Callable[[str], None]) -> No
     say(f"loss on plain English: {loss:.3f}")
     if loss > math.log(config.vocab_size) / 2:
         say("warning: that is near random: the weights were not loaded, or the tokenizer is not the model's")
+    del model
+    if session.device == "cpu":
+        say("fused kernels against plain layers: not compared, because they do not run on a CPU")
+    else:
+        compare_fused(_with_lora(cfg), session, row, say)
+
+
+def compare_fused(cfg: SftRun, session: Session, row: list[list[int]], say: Callable[[str], None]) -> None:
+    """Compare the model whose kernels are as configured with one that has none, under the same adapter, which is not zero.
+
+    Args:
+        cfg: a run with an adapter.
+        session: one rank with a process group.
+        row: documents.
+        say: takes the finding.
+
+    Raises:
+        TrainingError: they differ by more than the compute type explains.
+    """
+    off = dict.fromkeys((name for name, field in Kernels.model_fields.items() if "off" in get_args(field.annotation)), "off")
+    plain, fused = (
+        _scores(_adapted(cfg.model_copy(update={"kernels": kernels}), session), _batch(row).to(session.device))
+        for kernels in (cfg.kernels.model_copy(update=off), cfg.kernels)
+    )
+    _compare("fused kernels against plain layers", fused, plain, cfg, session, say)
+
+
+def _adapted(cfg: SftRun, session: Session) -> Any:
+    """The run's model; its adapters change something, which those that training starts from do not."""
+    model = build_model(cfg, session, build_mesh(session.device.split(":")[0], 1))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                own.normal_(std=0.02, generator=torch.Generator(own.device).manual_seed(seed_of(0, "check", hf_name(name))))
+    return model
+
+
+def _with_lora(cfg: SftRun) -> SftRun:
+    return cfg.model_copy(update={"adapter": cfg.adapter.model_copy(update={"type": "lora"})})
+
+
+def _row(documents: list[list[int]], seq_len: int, config: Any, say: Callable[[str], None]) -> list[list[int]]:
+    """A row of that many tokens out of the documents' own."""
+    window = getattr(config, "sliding_window", None)
+    lengths = document_lengths(seq_len, window, getattr(config, "max_position_embeddings", seq_len))
+    if window and max(lengths) <= window:
+        say(f"warning: no document is longer than the sliding window of {window} tokens, use --seq-len {2 * window + 1} or more")
+    words = [token for document in documents for token in document]
+    return [list(itertools.islice(itertools.cycle(words), length)) for length in lengths]
+
+
+def document_lengths(seq_len: int, window: int | None, longest: int) -> list[int]:
+    """Lengths of the documents of a row: one below and one above a sliding window where they fit, then halves of what is left.
+
+    Args:
+        seq_len: tokens of the row.
+        window: of the attention layers that have one.
+        longest: tokens that a document may have.
+    """
+    lengths, left = list[int](), seq_len
+    for length in (window // 2, window + window // 2 + 1) if window and window > 1 else ():
+        if length <= min(left, longest):
+            lengths.append(length)
+            left -= length
+    while left:
+        lengths.append(min(longest, left if left <= SHORT else -(-left // 2)))
+        left -= lengths[-1]
+    return lengths
+
+
+def _alone(model: Any, documents: list[list[int]], session: Session) -> Tensor:
+    return torch.cat([_scores(model, _batch([document]).to(session.device)) for document in documents if len(document) > 1])
 
 
 def load_meta(cfg: SftRun) -> Any:

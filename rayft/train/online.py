@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rayft.checkpoint.sharded import Checkpointer
 from rayft.config.schema import GrpoRun
+from rayft.errors import TrainingError
 from rayft.experience.orders import Order
 from rayft.experience.pack import build
 from rayft.models.load import config_of
@@ -66,6 +67,9 @@ class Feed(Protocol):
 
     def pushed(self, step: int, order: Order, report: PushReport) -> None:
         """Tell what a push did; rank 0."""
+
+    def journal(self) -> bytes:
+        """What the controller has written down so far; rank 0."""
 
     def committed(self, step: int) -> None:
         """Tell that a checkpoint covers the steps before that one; rank 0, from any thread."""
@@ -149,7 +153,7 @@ class OnlineTrainer:
         """Count the step; then log it, and save when that is due or asked for.
 
         Raises:
-            TrainingError: the loss or the gradient is not finite.
+            TrainingError: the loss or the gradient is not finite, or engines sample from another policy than is trained.
         """
         values, self.sums = mean_over_updates(self.sums), []
         self.phases["perf/update_s"] = time.perf_counter() - self.phases.pop("began")
@@ -159,6 +163,8 @@ class OnlineTrainer:
         self.journal.write(self.step, values)
         self.event("logged", self.step, values=values)
         require_finite(self.step, values["train/loss"], values["train/grad_norm"], "Lower optim.lr")
+        if step == 0 or self.cfg.rollout.max_staleness == 0:  # then no token is of other weights than the trainer had
+            require_same_policy(self.step, values["train/rollout_logprob_difference"], self.cfg.weight_sync.max_difference)
         self.event("step_end", self.step, batches=self.meter.batches)
         stop, save = self.requests.read(float(self.requests.agree()))
         self.stopped = stop and self.step < self.launch.last_step
@@ -233,6 +239,25 @@ class OnlineTrainer:
         self.journal.write(self.step, {"checkpoint/stage_s": seconds})
 
 
+def require_same_policy(step: int, difference: float, most: float | None) -> None:
+    """Refuse to learn from engines that compute something else than the trainer with the same weights.
+
+    Sums of tensors cannot tell when an engine has every weight and uses it wrongly, or when the two models differ in what is no weight.
+
+    Args:
+        step: for the message.
+        difference: mean over tokens of |log-probability of the trainer - of the engine|, in nats. bfloat16 alone explains about 0.01.
+        most: weight_sync.max_difference.
+
+    Raises:
+        TrainingError: it is larger than that.
+    """
+    if most is not None and difference > most:
+        rule = f"step {step}: trainer and engine have the same weights and differ by {difference:.3g} nats a token"
+        remedy = "Run `rayft check` on the model and try rollout.eager=true; raise the limit only when you know the cause"
+        raise TrainingError("weight_sync.max_difference", most, rule, remedy)
+
+
 def settled(journal: Journal, patience: int | None) -> bool:
     """Whether as many evaluations as `patience` in a row were no better than the best before them; known to rank 0, which has them."""
     return patience is not None and journal.best.since >= patience
@@ -258,9 +283,17 @@ def agree(session: Session, order: Order, missing: list[int]) -> list[int] | Non
 
 
 def _announcing(session: Session, feed: Feed) -> Session:
-    """The session, whose rank 0 also tells the controller of every checkpoint once it is committed."""
+    """The session, whose rank 0 also tells the controller of every checkpoint once it is committed.
+
+    On a store the controller's journal is a file of rank 0, and so gets there before a checkpoint counts.
+    """
 
     def report(metrics: dict[str, float], directory: str, finish: Any) -> None:
+        if session.rank == 0 and session.remote is not None:
+            whole = session.run_dir / "journal.jsonl.new"
+            whole.write_bytes(feed.journal())
+            whole.replace(session.run_dir / "journal.jsonl")
+
         def finish_and_tell() -> None:
             finish()
             if session.rank == 0:

@@ -11,18 +11,15 @@ from torch import Tensor
 
 from rayft.config.schema import SftRun
 from rayft.data.reader import Row, collate
-from rayft.models.tokenizer import load_tokenizer
+from rayft.models.tokenizer import has_chats, load_tokenizer, question
 from rayft.parallel import fsdp
 from rayft.types import Batch
 
 
 def encode(cfg: SftRun, tokenizer: Any) -> list[list[int]]:
     """The prompts of eval.samples as tokens: a user's turn where chats are trained and there is a template, else plain text."""
-    chat = tokenizer.chat_template and any(source.format != "text" for source in cfg.data.train.values())
-    if not chat:
-        return [list(tokenizer(prompt)["input_ids"]) for prompt in cfg.eval.samples.prompts]
     turns = [[{"role": "user", "content": prompt}] for prompt in cfg.eval.samples.prompts]
-    return [list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]) for turn in turns]
+    return [question(tokenizer, turn, chat=has_chats(cfg.data.train)) for turn in turns]
 
 
 def continue_greedily(model: Any, prompts: Sequence[Sequence[int]], max_tokens: int, end: int, device: str) -> list[list[int]]:

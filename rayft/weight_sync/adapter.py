@@ -35,7 +35,7 @@ def merged_weights(
     from safetensors import safe_open
 
     base_dtype = getattr(torch, facts["base_dtype"])
-    waiting = dict(facts["scaling"])
+    waiting, kept = dict(facts["scaling"]), set(facts["float32"])
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt", device=str(device)) as tensors:
             for name in sorted(tensors.keys()):
@@ -47,7 +47,8 @@ def merged_weights(
                     stem = name.removesuffix("weight")
                     a, b = received[f"{stem}lora_A.weight"], received[f"{stem}lora_B.weight"]
                     weight = merge(weight.to(base_dtype), a, b, waiting.pop(name))
-                yield name, weight.to(dtype) if weight.dtype.is_floating_point else weight
+                kind = torch.float32 if name in kept else dtype
+                yield name, weight.to(kind) if weight.dtype.is_floating_point else weight
     if waiting:
         rule = f"holds no weight named {next(iter(waiting))}, which an adapter belongs to"
         raise DataError(str(folder), None, rule, "Start the engines from the folder that the trainer was started from")

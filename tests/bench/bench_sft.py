@@ -1,10 +1,11 @@
 """Training throughput through Ray Train, with full rows of random tokens: one JSON line per case.
 
     bench_sft.py [--adapter lora] [--mixed] [--compile] [--seq 4096] [--rows 4] [--steps 30] [--states float32|bfloat16] [--bare] [--tiny]
-                 [--workers 1] [--replicas 1] [--callback ./profile.py:on]
+                 [--workers 1] [--replicas 1] [--kernels off] [--callback ./profile.py:on]
 
 Shapes are those of Qwen3-0.6B, weights are drawn. --mixed packs documents of 512 to 4,096 tokens; --bare runs the same loop in
-this process, without Ray; --tiny runs the whole path with small shapes on a CPU. The figures are medians after 8 steps.
+this process, without Ray; --kernels off leaves the families' own layers in place of every fused one (the loss has only its own way);
+--tiny runs the whole path with small shapes on a CPU. The figures are medians after 8 steps.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from rayft.recipes.sft import train
@@ -23,7 +24,7 @@ from rayft.recipes.sft import train
 from rayft.actors.run import open_run
 from rayft.actors.trainer_group import fit
 from rayft.config.load import load
-from rayft.config.schema import SftRun
+from rayft.config.schema import Kernels, SftRun
 from rayft.data import shards
 from rayft.data.formats import Document
 from rayft.observe.log import read
@@ -35,6 +36,9 @@ SHAPES: dict[str, Any] = {
 }  # fmt: skip
 TINY = SHAPES | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
                  "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
+
+KERNELS = tuple(name for name, field in Kernels.model_fields.items() if "off" in get_args(field.annotation))
+"""The options that can be off."""
 
 
 def write_model(folder: Path, sizes: dict[str, Any], *, weights: bool) -> None:
@@ -78,6 +82,7 @@ def configuration(args: argparse.Namespace, folder: Path) -> SftRun:
             f"batch.rows={args.rows * args.workers}", f"batch.micro_rows={args.rows}", "optim.lr=1e-5", "export.at_end=false",
             f"parallel.workers={args.workers}", f"parallel.replicas={args.replicas}", f"parallel.compile={str(args.compile).lower()}",
             f"parallel.activation_checkpointing={'full' if args.checkpointing else 'none'}",
+            *(f"kernels.{name}=off" for name in KERNELS if args.kernels == "off"),
             *([f"run.callbacks=[{args.callback}]"] if args.callback else []),
             *(["adapter.type=lora", "adapter.r=16"] if args.adapter == "lora" else []),
         ],
@@ -118,6 +123,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--adapter", choices=("none", "lora"), default="none")
     parser.add_argument("--states", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--kernels", choices=("auto", "off"), default="auto")
     parser.add_argument("--callback", help="a user function called on the trainer's events, such as a profiler's")
     args = parser.parse_args(arguments)
     if args.tiny or not _has_gpu():

@@ -106,16 +106,7 @@ class Job:
 
     def processes(self) -> dict[int, str]:
         """Pid -> title of every living process of this job."""
-        found = {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-                title = stat.with_name("cmdline").read_text(errors="replace").replace("\0", " ").strip()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if int(session) == self.driver.pid and state not in "ZX":
-                found[int(stat.parent.name)] = title
-        return found
+        return processes_of(self.driver.pid)
 
     def actor(self, title: str) -> int:
         """The pid of the only actor of that class."""
@@ -157,6 +148,20 @@ class Job:
         while left := self.processes():
             assert time.monotonic() < end, f"still there {GONE_S:.0f} s after the driver: {left}"
             time.sleep(0.1)
+
+
+def processes_of(session: int) -> dict[int, str]:
+    """Pid -> title of every living process of a session."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, its = stat.read_text().rpartition(")")[2].split()[:4]
+            title = stat.with_name("cmdline").read_text(errors="replace").replace("\0", " ").strip()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(its) == session and state not in "ZX":
+            found[int(stat.parent.name)] = title
+    return found
 
 
 def wait(condition: Callable[[], bool], deadline_s: float, what: str) -> None:

@@ -44,3 +44,11 @@ def test_a_spoiled_push_stops_the_run(online: Path, hook: str, transport: str, v
     found = fates(job.run_dir)
     assert not found.under_way and not found.dropped, "no prompt was given to an engine after the bad push"
     assert len(found.used) == 3 * (GOOD + 1)
+
+
+def test_an_engine_that_computes_something_else_stops_the_run(online: Path) -> None:
+    """Weights are as sent, so only the tokens' log-probabilities tell; here rounding alone is made to be too much."""
+    with Job(online, "other", "weight_sync.max_difference=1e-12") as job:
+        assert job.end() == 5
+    assert "error (training): weight_sync.max_difference = 1e-12: step 1: trainer and engine have the same weights" in job.text()
+    assert list(values(job.run_dir, LOSS)) == [1]

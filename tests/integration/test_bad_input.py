@@ -34,6 +34,7 @@ FRESH = (*TRAIN, "run.name=fresh")
 PACK = ("preprocess", "run.yaml", "--local")
 VALIDATE = ("validate", "run.yaml")
 EVALUATE = ("evaluate", "run.yaml", "--local", "data.eval.zoo.path=train.jsonl")
+EVAL_PROMPTS = "data.eval.zoo.path=train.jsonl"
 ONLINE = ("validate", "grpo.yaml")
 ONLINE_PLAN = ("plan", "grpo.yaml")
 CACHE = ("rollout.engine=vllm", "rollout.kv_cache_gib=100000")
@@ -131,6 +132,14 @@ def truncate_checkpoint(place: Place) -> None:
 
 def change_weights(place: Place) -> None:
     flip_byte(place.folder / "model" / "model.safetensors", 0.9)
+
+
+def store_in_8_bits(file: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    save_file({name: t.to(torch.float8_e4m3fn) if name.endswith("q_proj.weight") else t for name, t in tensors.items()}, file)
 
 
 def hold_run(place: Place) -> None:
@@ -291,6 +300,14 @@ MODELS = (
         lambda p: p.write("model/model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
     ),
     Case(
+        "other-quantisation", FRESH, CONFIG, ("model", "is quantised by gptq", "Name the folder of the model's dense weights"),
+        lambda p: p.change("model/config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+    ),
+    Case(
+        "codes-without-config", FRESH, DATA, ("q_proj.weight = 'F8_E4M3'", "a type that is not read", "dense weights"),
+        lambda p: store_in_8_bits(p.folder / "model" / "model.safetensors"),
+    ),
+    Case(
         "adapter-targets", (*FRESH, "adapter.type=lora", "adapter.targets=[no_such_proj]"), CONFIG,
         ("adapter.targets = 'no_such_proj'", "matches no module", "q_proj"),
     ),
@@ -357,9 +374,17 @@ RUNS = (
     Case("no-such-recipe", (*FRESH, "--recipe", "none.py"), CONFIG, ("none.py:main", "there is no file", "Give its path")),
     Case("no-such-field", ("config-schema", "--field", "optim.none"), CONFIG, ("--field = 'optim.none'", "unknown key", "lr")),
     Case("no-model-to-check", ("check", "./none"), CONFIG, ("model.path", "none", "Give the path of a folder")),
-    Case("no-model-to-ask", ("generate", "run.yaml", "--prompt", "x", "--model", "none"), CONFIG, ("none", "Train it to the end")),
+    Case(
+        "no-model-to-ask", ("generate", "run.yaml", "--prompt", "x", "--model", "none"), CONFIG,
+        ("model.path = 'none'", "id of the hub", "Give the"),
+    ),
     Case("no-model-to-evaluate", (*EVALUATE, "--model", "./none"), CONFIG, ("model.path", "none", "Give the path of a folder")),
     Case("not-a-model", ("generate", "run.yaml", "--prompt", "x", "--model", "runs"), CONFIG, ("runs", "config.json", "Name a")),
+    Case(
+        "no-weights-to-ask", ("generate", "run.yaml", "--prompt", "x", "--model", "model"), DATA,
+        ("model = ", "transformers cannot load it", "Name a folder with config.json and weights"),
+        lambda p: (p.folder / "model" / "model.safetensors").unlink(),
+    ),
     Case("no-eval", ("evaluate", "run.yaml", "--local"), CONFIG, ("data.eval", "Add one")),
     Case("no-such-start", (*FRESH, "model.path=run:none"), CONFIG, ("model.path = 'run:none'", "was started", "Write run:NAME")),
     Case("push-without-export", ("push", "run.yaml", "run.name=none", "--repo", "a/b"), CONFIG, ("run.name", "has no export", "Train it")),
@@ -391,13 +416,18 @@ GRPO = (
         ("parallel.workers = 1", "too few", "Set batch.micro_tokens=24, with the same result"),
     ),
     Case("cache-memory", (*ONLINE_PLAN, *CACHE), RESOURCES, ("rollout.engines = 1", "too few", "Set rollout.kv_cache_gib=")),
-    Case("no-vllm", (*ONLINE, "rollout.engine=vllm"), CONFIG, ("rollout.engine = 'vllm'", "is not installed here", "pip install"), no_vllm),
+    Case(
+        "no-vllm", ("train", "grpo.yaml", "rollout.engine=vllm"), CONFIG,
+        ("rollout.engine = 'vllm'", "is not installed here", "pip install"), no_vllm,
+    ),
     Case(
         "old-vllm", (*ONLINE, "rollout.engine=vllm"), CONFIG,
         ("rollout.engine = 'vllm'", "is version 0.11.2 here", "0.25 is the oldest that works"), old_vllm,
     ),
     Case("keep-best", (*ONLINE, "checkpoint.keep_best=true"), CONFIG, ("checkpoint.keep_best", "needs evaluations", "Add a source")),
     Case("online-locally", ("train", "grpo.yaml", "--local"), CONFIG, ("--local", "needs Ray", "Leave it out")),
+    Case("no-eval-prompts", ("evaluate", "grpo.yaml"), CONFIG, ("data.eval", "names no source", "Add one")),
+    Case("nothing-to-evaluate", ("evaluate", "grpo.yaml", EVAL_PROMPTS), DATA, ("run.name", "no such checkpoint", "or train first")),
     Case("online-rows", ("preprocess", "grpo.yaml", "--local"), CONFIG, ("method = 'grpo'", "no packed rows", "Use rayft train")),
 )  # fmt: skip
 

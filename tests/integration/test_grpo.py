@@ -34,6 +34,9 @@ async def letters(prompt, completion, row):
 
 def short(prompt, completions, row):
     return [-len(completion) / 100 for completion in completions]
+
+def values(prompt, answers, by_policy, row):
+    return [[0.01 * place for place, own in enumerate(flags) if own] for flags in by_policy]
 '''
 
 
@@ -118,7 +121,7 @@ def test_an_on_policy_run_agrees_with_its_engines_and_is_resumed(site: Path) -> 
     assert json.loads((run_dir / "export" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"], "vLLM goes by it"
 
 
-def test_two_workers_one_step_behind_with_reference_and_updates_keep_the_bound(site: Path) -> None:
+def test_two_workers_one_step_behind_with_reference_critic_and_updates_keep_the_bound(site: Path) -> None:
     run_dir = train(
         site,
         "behind",
@@ -129,6 +132,9 @@ def test_two_workers_one_step_behind_with_reference_and_updates_keep_the_bound(s
         "algorithm.beta=0.1",
         "algorithm.type=dapo",
         "algorithm.filter=none",
+        "algorithm.advantage=gae",
+        f"algorithm.values={site}/rewards.py:values",
+        "algorithm.lam=0.95",
         "weight_sync.type=gloo",
         "eval.every=4",
     )
@@ -169,3 +175,29 @@ def test_a_killed_engine_comes_back_with_the_right_weights(site: Path) -> None:
     )
     assert all(steps[step]["train/rollout_logprob_difference"] < 1e-4 for step in (1, 2, 3, 4))
     check_journal(run_dir, 0)
+
+
+def test_experts_with_adapters_beside_layers_in_4_bits_agree_with_their_engines(site: Path) -> None:
+    """Engines get what training computes with: experts one by one with their adapters merged, and the values that 4 bits stand for."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from rayft.models.tokenizer import load_tokenizer
+
+    cfg = load([site / "run.yaml"], [])
+    tokenizer = load_tokenizer(cfg.model)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=len(tokenizer), max_position_embeddings=512, dtype="float32", **sizes, **experts))
+    model.save_pretrained(site / "sparse")
+    tokenizer.save_pretrained(site / "sparse")
+    adapters = ["adapter.type=lora", "adapter.r=4", "adapter.target_parameters=[experts.gate_up_proj,experts.down_proj]", "optim.lr=2e-2"]
+    held = [f"model.path={site / 'sparse'}", "model.init=pretrained", "model.quantize=nf4"]
+    online = ["rollout.max_staleness=0", "run.max_steps=3", "eval.every=null", "eval.at_start=false"]
+    run_dir = train(site, "sparse", *adapters, *held, *online)
+    steps = merged(run_dir)
+    for step in (1, 2, 3):
+        assert steps[step]["train/rollout_logprob_difference"] < 1e-4, "trainer and engine hold the same weights"
+    norms = [steps[step]["train/grad_norm"] for step in (1, 2, 3)]
+    assert len(set(norms)) == 3 and min(norms) > 0

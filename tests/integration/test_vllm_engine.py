@@ -47,6 +47,22 @@ def write_model(folder: Path, seed: int, tied: bool) -> Path:
     return folder
 
 
+def write_sparse_model(folder: Path, seed: int) -> Path:
+    """A random Qwen3 with experts."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    config = Qwen3MoeConfig(vocab_size=1021, max_position_embeddings=1024, dtype="float32", **sizes, **experts)
+    torch.manual_seed(seed)
+    model = Qwen3MoeForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, EngineThread]]:
     """A folder with models a and b, and an engine that was started from a."""
@@ -62,6 +78,31 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     yield folder, thread
     thread.close()
     assert children and not any(child.is_alive() for child in children)
+
+
+def test_experts_and_their_adapters_are_served(tmp_path: Path) -> None:
+    """vLLM takes experts one by one, holds them fused, and is held to the sum of all."""
+    from rayft.config.schema import Adapter
+    from rayft.models.adapt import adapt
+
+    for seed, name in enumerate("ab"):
+        write_sparse_model(tmp_path / name, seed)
+    thread = EngineThread(EngineOptions(tmp_path / "a", dtype="float32", context=CONTEXT, kv_cache_bytes=1 << 28, concurrency=8))
+    try:
+        a, b = load(tmp_path / "a"), load(tmp_path / "b")
+        assert worst(a, draw(thread)) < EXACT < 0.1 < worst(b, draw(thread))
+        push(thread, b, "1.1", "disk", tmp_path)
+        assert worst(b, draw(thread)) < EXACT < 0.1 < worst(a, draw(thread))
+        adapt(a, Adapter(type="lora", r=4, targets=("q_proj",), target_parameters=("experts.gate_up_proj", "experts.down_proj")), 0)
+        torch.manual_seed(7)
+        with torch.no_grad():
+            for parameter in a.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.2 * torch.randn(parameter.shape))
+        push(thread, a, "1.2", "gloo", tmp_path)
+        assert worst(a, draw(thread)) < EXACT < 0.1 < worst(load(tmp_path / "a"), draw(thread))
+    finally:
+        thread.close()
 
 
 def load(folder: Path) -> Any:
@@ -99,7 +140,7 @@ def push(thread: EngineThread, model: Any, version: str, transport: str, folder:
     sender.close()
     assert report.verified and not report.lost
     # The CPU build packs linear layers; embeddings and norms are compared as they lie.
-    assert not any("norm" in name or "embed" in name for name in report.unchecked)
+    assert not any(part in name for name in report.unchecked for part in ("norm", "embed", "experts"))
 
 
 def test_tokens_logprobs_and_ends(place: tuple[Path, EngineThread]) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import pytest
 
+import families
 from families import make_batch, write_model
 from ranks import run_ranks
 from rayft.config.load import load
@@ -48,6 +51,48 @@ def test_fifty_batches_of_different_documents_compile_nothing_after_warm_up(tmp_
         assert none[-1] == 0 < graphs[WARM_UP]
         assert graphs[-1] == graphs[WARM_UP], graphs
         np.testing.assert_allclose(compiled, plain, rtol=1e-5)
+
+
+def dropped(rank: int, world: int, folder: str, overrides: list[str]) -> tuple[list[float], int]:
+    """Losses and norms of the gradient of adapters whose B is not zero, which three batches give, and the number of compiled graphs."""
+    import torch
+
+    from rayft.losses.supervised import NEED, next_token
+    from rayft.parallel.mesh import build_mesh
+    from rayft.train.build import build_model
+    from rayft.train.step import forward_backward
+
+    fields = ["method=sft", "run.name=x", f"model.path={folder}", "data.train.a.path=x", "adapter.type=lora", *overrides]
+    session = Session(rank=rank, world_size=world, local_rank=rank, device="cpu", run_dir=Path("."), report=lambda *_: None, deadline_s=60)
+    mesh = build_mesh("cpu", world)
+    model = build_model(load([], fields), session, mesh)  # type: ignore[arg-type]
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for index, (_, parameter) in enumerate(trained):
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    found: list[float] = []
+    for index, lengths in enumerate(([64], [20, 44], [5, 50, 9])):
+        sums, divisor = forward_backward([model], [make_batch([lengths], seed=index)], next_token, NEED, mesh)
+        found.append((sums["train/loss"] / divisor).item())
+        found.append(torch.stack([parameter.grad.norm() for _, parameter in trained if parameter.grad is not None]).norm().item())
+        for _, parameter in trained:
+            parameter.grad = None
+    return found, int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize("fused", ["off", "on"])
+def test_layers_with_dropout_share_the_graphs_of_those_without(fused: str, tmp_path: Path) -> None:
+    """Each layer drops by its own seed, which is data of the graph; compiled and recomputed it drops what it drops otherwise."""
+    with patch.dict(families.SIZES, num_hidden_layers=2):
+        folder = str(write_model("qwen3", tmp_path))
+    fields, drop = [f"kernels.lora={fused}"], "adapter.dropout=0.3"
+    on = [*fields, "parallel.compile=true", "parallel.activation_checkpointing=full"]
+    kept, graphs = run_ranks(1, dropped, folder, on)[0]
+    plain, none = run_ranks(1, dropped, folder, [*fields, drop])[0]
+    compiled, found = run_ranks(1, dropped, folder, [*on, drop])[0]
+    assert none == 0 < found == graphs
+    np.testing.assert_allclose(compiled, plain, rtol=1e-5)
+    assert max(abs(a - b) for a, b in zip(kept, plain, strict=True)) > 1e-3
 
 
 def flex_losses_and_graphs(rank: int, world: int, folder: str) -> tuple[list[float], list[float], list[int]]:

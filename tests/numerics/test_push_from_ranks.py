@@ -12,6 +12,9 @@ from families import write_model
 from ranks import run_ranks
 
 LORA = ["adapter.type=lora", "adapter.r=4", "adapter.targets=[q_proj,o_proj,up_proj]"]
+EXPERTS = ["adapter.type=lora", "adapter.r=4", "adapter.targets=[q_proj]"]
+EXPERTS += ["adapter.target_parameters=[experts.gate_up_proj,experts.down_proj]"]
+NF4 = [*LORA, "model.quantize=nf4"]
 
 
 def policy(rank: int, world: int, folder: str, overrides: list[str]) -> Any:
@@ -68,10 +71,13 @@ def pushed(rank: int, world: int, folder: str, overrides: list[str], transports:
     return results
 
 
-@pytest.mark.parametrize("overrides", [[], LORA], ids=["full", "lora"])
-def test_two_ranks_push_what_one_rank_would(tmp_path: Path, overrides: list[str]) -> None:
-    write_model("qwen3", tmp_path)
-    transports = [("disk", "full"), ("gloo", "full")] + ([("gloo", "adapter")] if overrides else [])
+CASES = [("qwen3", []), ("qwen3", LORA), ("qwen3_moe", EXPERTS), ("qwen3", NF4)]
+
+
+@pytest.mark.parametrize(("family", "overrides"), CASES, ids=["full", "lora", "experts", "nf4"])
+def test_two_ranks_push_what_one_rank_would(tmp_path: Path, family: str, overrides: list[str]) -> None:
+    write_model(family, tmp_path)
+    transports = [("disk", "full"), ("gloo", "full")] + ([("gloo", "adapter")] if overrides == LORA else [])
     alone = run_ranks(1, pushed, str(tmp_path), overrides, transports[:1])[0][0][0]
     ranks = run_ranks(2, pushed, str(tmp_path), overrides, transports)
     for weights, verified, unchecked, error in ranks[0]:

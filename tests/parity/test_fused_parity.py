@@ -31,7 +31,9 @@ EXTRA = {
     "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
 }
 ALL = [*families.FAMILIES, *EXTRA]
-NORMED = {"qwen3", "qwen3_moe", "gemma3"}
+NORMED = {"qwen3", "qwen3_moe", "gemma3", "gemma4", "gemma4_moe"}
+UNFUSED = {"phi3", "glm4_moe"}
+"""Families of which no layer can be fused."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,14 +74,14 @@ def loss_and_gradients(module: Any) -> tuple[float, dict[str, torch.Tensor]]:
     return loss.item(), {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
-def assert_alike(ours: tuple[float, dict[str, torch.Tensor]], plain: tuple[float, dict[str, torch.Tensor]]) -> None:
+def assert_alike(ours: tuple[float, dict[str, torch.Tensor]], plain: tuple[float, dict[str, torch.Tensor]], rtol: float = 1e-5) -> None:
     assert ours[0] == pytest.approx(plain[0], rel=1e-6)
     assert ours[1].keys() == plain[1].keys()
     for name, gradient in plain[1].items():
-        assert (ours[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+        assert (ours[1][name] - gradient).norm() <= rtol * gradient.norm() + 1e-7, name
 
 
-@pytest.mark.parametrize("family", [name for name in ALL if name != "phi3"])
+@pytest.mark.parametrize("family", [name for name in ALL if name not in UNFUSED])
 def test_loss_and_gradients_of_every_family_stay(family: str, tmp_path: Path) -> None:
     """LoRA with dropout on all layers, LoRA on some, and all weights with fused norm and activation."""
     folder = str(write_model(family, tmp_path))
@@ -92,7 +94,8 @@ def test_loss_and_gradients_of_every_family_stay(family: str, tmp_path: Path) ->
         ([], Kernels(lora="off", norm_rope=norm, glu="on")),
     ):
         plain = loss_and_gradients(built(folder, PLAIN_KERNELS, overrides))
-        assert_alike(loss_and_gradients(built(folder, kernels, overrides)), plain)
+        # Six layers whose scores are not scaled down magnify float32's rounding; in float64 they are equal, see below.
+        assert_alike(loss_and_gradients(built(folder, kernels, overrides)), plain, rtol=1e-4 if family == "gemma4" else 1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen3"])
@@ -231,10 +234,12 @@ def curves_of_families(rank: int, world: int, jobs: list[tuple[str, list[tuple[i
 def test_thirty_steps_of_several_families(tmp_path: Path) -> None:
     """All weights, and LoRA on all layers: losses and gradient norms with fused operations are those without."""
     jobs, lora = [], ["adapter.type=lora", "adapter.r=4", "adapter.dropout=0.1"]
-    for family in ("llama", "qwen3", "gemma3"):
+    for family in ("llama", "qwen3", "gemma3", "qwen3_moe", "gemma4"):
+        steps = 30 if family in ("llama", "qwen3", "gemma3") else 4
+        lr = [f"optim.lr={1e-5 if family == 'gemma4' else 3e-3}"]  # its losses magnify a change of weights a thousand times
         on = [f"kernels.norm_rope={'on' if family in NORMED else 'off'}", "kernels.glu=on"]
         folder = str(write_model(family, tmp_path / family))
-        jobs.append((folder, [(30, []), (30, on), (30, lora), (30, [*lora, *on, "kernels.lora=on"])]))
+        jobs.append((folder, [(steps, [*lr, *more]) for more in ([], on, lora, [*lora, *on, "kernels.lora=on"])]))
     for (folder, _), (plain, ours, adapted_plain, adapted_ours) in zip(jobs, run_ranks(1, curves_of_families, jobs)[0], strict=True):
         for fused_curve, plain_curve in ((ours, plain), (adapted_ours, adapted_plain)):
             assert plain_curve[-1][0] < plain_curve[0][0]
@@ -243,6 +248,7 @@ def test_thirty_steps_of_several_families(tmp_path: Path) -> None:
 
 
 INTERPRETED = """
+from unittest.mock import patch
 import torch
 from bench import check_lora
 from rayft_kernels.lora import dropout, glu, triton
@@ -252,8 +258,12 @@ expected = check_lora.token_dropout
 for activation in check_lora.ACTIVATIONS:
     check_lora.check_kernels(activation, torch.float32, "cpu")
 check_lora.check_operators("cpu")
-x, keys = torch.randn(33, 300), torch.randint(0, 2**32, (33,))
-torch.testing.assert_close(triton.dropout_kernel(x, keys, 2**31 - 1, 0.3), dropout.token_dropout(x, keys, 2**31 - 1, 0.3))
+x, keys, seed = torch.randn(33, 300), torch.randint(0, 2**32, (33,)), torch.tensor(2**31 - 1)
+torch.testing.assert_close(triton.dropout_kernel(x, keys, seed, 0.3), dropout.token_dropout(x, keys, seed, 0.3))
+with patch.object(torch.cuda, "device_of", wraps=torch.cuda.device_of) as entered:
+    triton.dropout_body(x, keys, seed, 0.3)
+    check_lora.check_kernels("silu", torch.float32, "cpu")
+assert entered.call_count == 7, entered.call_count
 """
 
 

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import sys
 import types
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -269,6 +270,28 @@ def test_gdpo_equals_verls(verl: Any) -> None:
     groups = [{name: found[number] for name, found in by_name.items()} for number in range(GROUPS + 1)]
     mine = torch.tensor(advantages.gdpo(groups, names), dtype=torch.float64).flatten()
     torch.testing.assert_close(theirs.flatten().double(), mine, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.95, 0.9)])
+def test_gae_equals_verls(verl: Any, gamma: float, lam: float) -> None:
+    """Answers of several lengths, some with tokens of an environment; values so large that what is added to deviations does not count."""
+    draw, width = Random(4), 9
+    mask = [[(place == 0 or draw.random() < 0.7) and place < length for place in range(width)] for length in (9, 4, 1, 7, 8, 6)]
+    values = [[1000 * draw.gauss(0, 1) for _ in range(width)] for _ in mask]
+    rewards = [[0.0] * width for _ in mask]
+    for row, flags in zip(rewards, mask, strict=True):
+        row[max(place for place, own in enumerate(flags) if own)] = 3000 * draw.random()
+    padded, flags = (torch.tensor(rows, dtype=torch.float64) for rows in (values, mask))
+    theirs, returns = verl.compute_gae_advantage_return(torch.tensor(rewards, dtype=torch.float64), padded, flags, gamma, lam)
+    own = flags.bool()
+    mine = [
+        advantages.gae(torch.tensor(reward)[kept].tolist(), value[kept].tolist(), gamma, lam)
+        for reward, value, kept in zip(rewards, padded, own, strict=True)
+    ]
+    raw = torch.tensor([value for answer in mine for value in answer], dtype=torch.float64)
+    torch.testing.assert_close((returns - padded)[own], raw, rtol=1e-6, atol=1e-6)
+    white = advantages.whitened([[array("f", answer) for answer in mine]])[0]
+    torch.testing.assert_close(theirs[own].float(), torch.tensor([value for answer in white for value in answer]), rtol=1e-5, atol=1e-5)
 
 
 def test_the_overlong_penalty_equals_openrlhfs(openrlhf: dict[str, Any]) -> None:

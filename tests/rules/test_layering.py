@@ -20,7 +20,7 @@ LEVELS: tuple[frozenset[str], ...] = (
 """Rooms from the bottom up. A room imports rooms of its own level and of lower ones."""
 
 ROOMS_OF_LIBRARY: dict[str, tuple[str, ...]] = {
-    "ray": ("rayft/actors/", "rayft/data/pipeline.py"),
+    "ray": ("rayft/actors/", "rayft/data/pipeline.py", "rayft/data/waiting.py"),
     "vllm": ("rayft/rollout/", "rayft/weight_sync/"),
     "transformers": ("rayft/models/",),
     "tokenizers": ("rayft/models/",),

@@ -54,6 +54,7 @@ REFUSED = [
         "data.shard_rows = 2048: times data.seq_len = 1048576 is over the 2147483647 tokens of a shard. Use at most 2047.",
     ),
     (["data.pack_window=1"], "data.pack_window = 1: packs each document alone. Use 2 or more, or set data.pack to false."),
+    (["parallel.autoscaling=true"], "parallel.device = 'auto': takes what the cluster has when the run starts, and parallel.autoscaling"),
     (
         ["parallel.workers=6", "parallel.replicas=4"],
         "parallel.replicas = 4: does not divide parallel.workers = 6. Use one of 1, 2, 3, 6.",

@@ -28,7 +28,8 @@ class Names(TorchDispatchMode):
 
 
 def low_rank(out: int, width: int) -> Projection:
-    return Projection(torch.ones(out, width), a=torch.ones(2, width), b=torch.ones(out, 2), dropout=TokenDropout(torch.arange(4), 3, 0.25))
+    dropout = TokenDropout(torch.arange(4), torch.tensor(3), 0.25)
+    return Projection(torch.ones(out, width), a=torch.ones(2, width), b=torch.ones(out, 2), dropout=dropout)
 
 
 CALLS: dict[str, Callable[[Tensor], Any]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures as futures
 import json
 import pickle
 import threading
@@ -13,11 +14,14 @@ from typing import Any
 
 import pytest
 
+from rayft.actors.engine_actor import EngineActor
+from rayft.config.environment import Credentials
 from rayft.config.load import load
 from rayft.config.schema import GrpoRun
 from rayft.data.prompts import prompt_tokens
-from rayft.errors import ConfigError
+from rayft.errors import ConfigError, InfrastructureError
 from rayft.models.tokenizer import load_tokenizer
+from rayft.rollout import env
 from rayft.rollout.agent import Sampling, rollout
 from rayft.rollout.env import EnvironmentFailed, Episode, Observation
 from rayft.rollout.environments.guess import write_assets
@@ -102,6 +106,39 @@ def test_a_slow_environment_fails_in_time_and_holds_nobody_up() -> None:
     assert "step took longer than environment.deadline_s = 1" in str(late) and "step took longer" in str(later)
     assert others == [Observation("hi", reward=1.0)] * 40 and time.monotonic() - began < 3.0
     assert (stuck.closed, slow.closed) == (0, 1), "nothing more is asked of a thread that does not come back"
+
+
+def test_calls_that_never_return_are_counted_until_the_process_is_to_be_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until then they hold no other environment up; one that comes back late counts no more."""
+    monkeypatch.setattr(env, "MOST_STUCK", 3)
+    monkeypatch.setattr(env, "_stuck", set())
+    free = threading.Event()
+
+    class Hangs(Plain):
+        def step(self, text: str) -> Observation:
+            free.wait(60.0)
+            return Observation("late")
+
+    async def run() -> list[Any]:
+        cancelled = asyncio.create_task(play(Hangs(), 0.2))  # as when another answer of its group fails
+        late = await asyncio.gather(*(play(Hangs(), 0.05) for _ in range(3)), return_exceptions=True)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        return late
+
+    env.refuse_stuck()
+    assert all(isinstance(problem, EnvironmentFailed) for problem in asyncio.run(run()))
+    assert asyncio.run(play(Plain())) == Observation("hi", reward=1.0)
+    with pytest.raises(InfrastructureError, match=r"environment: 4 calls of episodes that are over have not returned"):
+        env.refuse_stuck()
+    actor: Any = EngineActor(None, Credentials({}, {}), None, None)  # type: ignore[arg-type]
+    actor._engine = object()
+    with pytest.raises(InfrastructureError, match="The engine is restarted"):
+        asyncio.run(actor.state())
+    free.set()
+    futures.wait(env._stuck, 10.0)
+    env.refuse_stuck()
 
 
 USER = """

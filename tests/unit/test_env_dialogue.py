@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ ALTERNATING = """{%- for message in messages -%}
 {{ '[INST] ' + message.content + ' [/INST]' if message.role == 'user' else ' ' + message.content + ' <|im_end|>' }}
 {%- endfor -%}"""
 TOOL_RESULTS: list[Message] = [{"role": "tool", "content": "three"}, {"role": "tool", "content": "four"}]
+ASKED_ONLY: list[Message] = [{"role": "user", "content": "What is it?"}]
 USER: list[Message] = [{"role": "user", "content": "and the other one"}]
 
 
@@ -113,3 +115,18 @@ def test_what_cannot_be_rendered_is_refused() -> None:
     bare.chat_template = None
     with pytest.raises(DataError, match="has no chat template"):
         Dialogue(bare).reply(USER, 1)
+
+
+@pytest.mark.parametrize("given", [None, 5, ["hi"], {"role": "user", "content": "hi"}, [USER]], ids=repr)
+def test_what_is_no_reply_is_named_with_its_environment(given: Any) -> None:
+    dialogue = Dialogue(tokenizer_of("chatml"), "./game.py:Game")
+    generation = dialogue.without_generation(ids(tokenizer_of("chatml"), ASKED_ONLY, True))[1]
+    name = "environment.function = './game.py:Game'"
+    sentence = re.escape(f"{name}: must reply with a text or a list of messages, each a mapping, and gave {given!r}.")
+    with pytest.raises(DataError, match=sentence):
+        dialogue.reply(given, 0)
+    if given is None:
+        assert dialogue.opening(given, generation) == generation, "an opening may be nothing"
+    else:
+        with pytest.raises(DataError, match=sentence):
+            dialogue.opening(given, generation)

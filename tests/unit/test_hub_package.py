@@ -38,7 +38,7 @@ def forward_and_backward(module: Any) -> dict[str, list[Tensor]]:
 
     targets, weights = torch.tensor([1, 4, 0]), torch.tensor([1.0, 0.0, 0.5])
     x, a, b, up, down = draw(3, 8), draw(2, 8), draw(12, 2), draw(12, 8).detach(), draw(8, 12).detach()
-    one = module.Projection(up, a=a, b=b, dropout=module.TokenDropout(torch.arange(3), 7, 0.25))
+    one = module.Projection(up, a=a, b=b, dropout=module.TokenDropout(torch.arange(3), torch.tensor(7), 0.25))
     q, w, cos, sin, head, gate = draw(1, 3, 2, 8), draw(8), draw(1, 3, 8).detach(), draw(1, 3, 8).detach(), draw(5, 8), draw(3, 6)
     calls = {
         "norm_rope": lambda: (module.norm_rope(q, w, cos, sin),),

@@ -19,7 +19,9 @@ from rules.source_tree import ROOT
 def test_tiny_shapes_of_every_operation_run(tmp_path: Path) -> None:
     assert run.main([str(tmp_path), "--tiny"]) == 0
     found = run.read(tmp_path / "kernels.csv")
-    assert {"glu_silu", "linear_ce", "lora_mlp", "lora_qkv", "norm_rope", "rms_norm"} <= set(found)
+    assert {"glu_silu", "linear_ce", "lora_mlp", "lora_qkv", "moe_lora", "nf4", "norm_rope", "rms_norm"} <= set(found)
+    for op in ("glu_silu", "lora_mlp", "lora_qkv", "nf4", "norm_rope", "rms_norm"):
+        assert "rayft graph" in {row["impl"] for row in found[op]}
     for op, rows in found.items():
         assert any(row["impl"].startswith("rayft") for row in rows)
         assert all(float(row["ms"]) > 0 and float(row["limit_ms"]) > 0 for row in rows)

@@ -31,6 +31,12 @@ LORA = {"type": "lora", "r": 8}
 ON = {"norm_rope": "on", "glu": "on"}
 BF16 = {"compute_dtype": "bfloat16"}
 NF4 = {"quantize": "nf4"}
+STACKS = LORA | {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+PLAIN = {"experts": "off"}
+MOE = {
+    "head_dim": 32, "vocab_size": 1024, "num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 128
+}  # fmt: skip
+MANY = MOE | {"num_experts": 128, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
 SIZES: dict[str, Any] = {
     "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32,
@@ -118,6 +124,11 @@ def measured(config: Any, cfg: SftRun, folder: Path, micro_batches: int) -> tupl
         ("llama", {}, {"adapter": LORA, "model": BF16, "parallel": {"activation_checkpointing": "full"}}, 1),
         ("llama", {}, {"adapter": LORA | {"targets": ["q_proj", "v_proj"], "dropout": 0.1}, "model": BF16}, 1),
         ("qwen3", {"hidden_size": 512, "intermediate_size": 2048}, {"adapter": LORA, "model": NF4}, 1),
+        ("qwen3_moe", MOE, {"kernels": PLAIN}, 1),
+        ("qwen3_moe", MOE, {"adapter": LORA, "model": BF16, "kernels": PLAIN}, 1),
+        ("qwen3_moe", MOE, {"adapter": STACKS, "model": BF16}, 1),
+        ("qwen3_moe", MANY, {"adapter": STACKS, "model": BF16, "kernels": PLAIN}, 1),
+        ("qwen3_moe", MANY, {"adapter": STACKS, "kernels": PLAIN, "parallel": {"activation_checkpointing": "full"}}, 1),
     ],
 )
 @pytest.mark.usefixtures("group")

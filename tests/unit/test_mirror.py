@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rayft.actors import mirror
-from rayft.actors.mirror import followed, mirrored
+from rayft.actors.mirror import carried, followed, mirrored
 from rayft.data import store
 from rayft.errors import DataError
 
@@ -43,6 +43,18 @@ def test_files_go_to_the_store_and_come_back(tmp_path: Path, monkeypatch: pytest
     assert (second / "metrics.jsonl").read_bytes() == b"1\n2\n3\n"
     with mirrored(second, None, pull=True) as flush:
         flush()
+
+
+def test_a_file_of_the_driver_goes_on_where_it_was_whatever_ends_it(tmp_path: Path) -> None:
+    file, url = tmp_path / "journal.jsonl", f"memory://{tmp_path.name}/run/journal.jsonl"
+    with carried(file, url):
+        file.write_bytes(b"1\n")
+    file.unlink()
+    with pytest.raises(KeyError), carried(file, url):
+        assert file.read_bytes() == b"1\n"
+        file.write_bytes(b"1\n2\n")
+        raise KeyError
+    assert store.read(url) == b"1\n2\n"
 
 
 def test_an_error_of_the_block_is_not_hidden_by_one_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,15 +127,6 @@ def test_experts_do_not_drop_and_dense_layers_of_their_names_are_left_out(caplog
     assert drops == {"RowDropout": False, "Identity": True}
 
 
-def test_engines_get_no_experts() -> None:
-    from rayft.train.build import _refuse_experts_in_engines
-
-    for method, module in (("sft", model()), ("grpo", model("qwen3"))):
-        _refuse_experts_in_engines(module, SimpleNamespace(method=method))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="not sent to engines yet"):
-        _refuse_experts_in_engines(model(), SimpleNamespace(method="grpo", model=SimpleNamespace(path="x")))  # type: ignore[arg-type]
-
-
 def test_stored_names_are_those_that_transformers_writes() -> None:
     module = model()
     stacks = stacked.stacks_of(module)

@@ -42,7 +42,7 @@ def test_4_bits_hold_linear_layers_in_a_quarter_and_make_an_mlp_dense(shards: bo
     [
         (SFT, "cannot be trained in full"),
         ([*SFT, "adapter.type=lora", "model.init=random"], "weights that mean nothing"),
-        ([*GRPO, "adapter.type=lora"], "whose base is not quantised"),
+        ([*GRPO, "adapter.type=lora", "weight_sync.payload=adapter"], "merge adapters into weights that are not in 4 bits"),
     ],
 )
 def test_what_4_bits_cannot_be_combined_with_is_refused(overrides: list[str], reason: str) -> None:

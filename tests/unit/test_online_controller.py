@@ -55,12 +55,11 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(module, "PromptSet", Prompts)
     monkeypatch.setattr(module, "Dispatch", Answers)
     base = ["method=grpo", "run.name=a", "model.path=m", "data.train.a.path=x", "data.eval.a.path=x", "reward.functions.r.function=exact"]
-    cfg = load([], [*base, "rollout.prompts_per_step=1", "rollout.group_size=2", "eval.at_start=true"])
-    assert isinstance(cfg, GrpoRun)
-    setup = Setup(cfg, tmp_path, "train", "eval", 9, "driver", 0, ("engine-0",), ())
 
-    def make() -> Controller:
-        made = Controller(setup)
+    def make(*overrides: str) -> Controller:
+        cfg = load([], [*base, "rollout.prompts_per_step=1", "rollout.group_size=2", "eval.at_start=true", *overrides])
+        assert isinstance(cfg, GrpoRun)
+        made = Controller(Setup(cfg, tmp_path, "train", "eval", 9, "driver", 0, ("engine-0",), ()))
         (member,) = made._pool._members
         member.life, member.version = "life", made._pool.current
         return made
@@ -172,5 +171,57 @@ def test_a_lost_group_that_came_back_between_two_questions_is_not_made_once_more
         again = await controller.order(1, 0, 2, 0, lost=[0])
         assert again is not None and again.kind == "batch"
         assert (tmp_path / "journal.jsonl").read_text().count('"event": "lost"') == 1
+
+    asyncio.run(asyncio.wait_for(live(), 20))
+
+
+REPLAY = ("rollout.prompts_per_step=2", "algorithm.type=dapo", "algorithm.replay=1", "eval.at_start=false")
+
+
+def test_a_replayed_group_stays_until_its_batches_are_covered_and_is_made_again_for_them(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups 0 and 1 are trained; 2 has no signal, so step 1 trains 1 once more. Then the controller and the trainer die."""
+    allowed = {0, 1}
+
+    async def ask(self: Answers, prompt: Prompt, n: int, temperature: float) -> tuple[str, Any]:
+        ordinal = int(prompt.key.rpartition("-")[2])
+        while ordinal not in allowed:
+            await asyncio.sleep(0.001)
+        return "engine", ordinal
+
+    async def score(self: Answers, ordinal: int) -> Scored:
+        return Scored(f"{ordinal}", {}, (0.0, 0.0 if ordinal == 2 else ordinal + 1.0), (1, 1), (3, 3), (False, False), 0, 0)
+
+    async def live() -> None:
+        monkeypatch.setattr(Answers, "ask", ask)
+        monkeypatch.setattr(Answers, "score", score)
+        first = start(*REPLAY)
+        await first.join(1, 0, 1)
+        await order(first, 0, 0)
+        await first.pushed(1, 0, ["life"], {})
+        assert [one.key for one in (await order(first, 0, 1)).scores] == ["0", "1"]
+        await order(first, 1, 0)
+        await first.pushed(1, 1, ["life"], {})
+        allowed.update({2, 3})
+        batch = await order(first, 1, 1)
+        assert [one.key for one in batch.scores] == ["3", "1"] and batch.groups == {0: 3, 1: 1}
+        assert [values["rollout/replayed"] for _, values in batch.records] == [1.0]
+        await first.committed(1)
+        assert set(first._groups.answers) == set(first._groups.scores) == {1, 3}
+
+        second = start(*REPLAY)
+        await second.join(2, 1, 1)
+        push = await second.order(2, 1, 0, 0)
+        assert push is not None and push.kind == "push"
+        await second.pushed(2, 1, ["life"], {})
+        while (again := await second.order(2, 1, 1, 0)) is None:
+            pass
+        assert [one.key for one in again.scores] == ["3", "1"], "the very batch"
+        assert again.records[-1][1]["rollout/replayed"] == 1.0
+        allowed.update({4, 5})
+        await second.committed(2)
+        await second.pushed(2, 2, ["life"], {})
+        assert not second._groups.answers.keys() & {0, 1, 2, 3}, "nobody needs them any more"
 
     asyncio.run(asyncio.wait_for(live(), 20))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from rayft.experience.pack import plan
 from rayft.losses.policy import NEED, policy_loss
 from rayft.models.tiny import write_tiny_model
 from rayft.observe.log import read
-from rayft.train.online import OnlineTrainer
+from rayft.train.online import OnlineTrainer, _announcing, require_same_policy
 from rayft.train.requests import SAVE_NOW, STOP_NOW
 from rayft.train.step import forward_backward
 from rayft.types import Group, Launch, Prompt, Scored, Session, Trajectory
@@ -86,6 +87,9 @@ class Script:
     def pushed(self, step: int, order: Order, report: PushReport) -> None:
         self.pushes.append(report.version)
 
+    def journal(self) -> bytes:
+        return b""
+
     def committed(self, step: int) -> None:
         self.covered.append(step)
 
@@ -101,6 +105,7 @@ def run(
     """Train as the recipe does; (run's directory, the script, whether the run was stopped)."""
     base = ["method=grpo", f"run.name={name}", f"model.path={site / 'model'}", "model.init=random", "run.max_steps=12"]
     small = ["rollout.prompts_per_step=1", "rollout.max_prompt_tokens=8", "rollout.max_tokens=8", "rollout.group_size=2"]
+    small.append("weight_sync.max_difference=null")  # the answers are made up
     more = ["data.train.a.path=x", "data.eval.a.path=x", "reward.functions.r.function=exact", "optim.lr=1e-3", "parallel.device=cpu"]
     cfg = load([], [*base, *small, *more, *overrides])
     assert isinstance(cfg, GrpoRun)
@@ -122,6 +127,25 @@ def run(
 def events(folder: Path, name: str) -> list[int]:
     """Steps of an event."""
     return [step for event, step, _ in map(json.loads, (folder / "events.jsonl").read_text().splitlines()) if event == name]
+
+
+def test_on_a_store_the_journal_is_there_before_a_checkpoint_counts(tmp_path: Path) -> None:
+    told: list[object] = []
+
+    class Feed:
+        def journal(self) -> bytes:
+            return b"lines\n"
+
+        def committed(self, step: int) -> None:
+            told.append(step)
+
+    def report(metrics: dict[str, float], directory: str, finish: Callable[[], None]) -> None:
+        told.append({file.name: file.read_bytes() for file in tmp_path.iterdir()})
+        finish()
+
+    session, feed = Session(0, 1, 0, "cpu", tmp_path, report, 60.0, "s3://b/run"), cast("Any", Feed())
+    _announcing(session, feed).report({"step": 4.0}, "step-4", lambda: told.append("counts"))
+    assert told == [{"journal.jsonl": b"lines\n"}, "counts", 4]
 
 
 def test_every_event_is_told_and_every_record_written_once(site: Path) -> None:
@@ -189,3 +213,9 @@ def test_an_evaluation_is_recorded_once_over_a_restart(site: Path) -> None:
     run(site, "again", "eval.every=4", rewards=lambda step: 1.0)
     assert [record["step"] for record in read(folder / "metrics.jsonl") if "eval/reward" in record] == [4, 8, 12]
     assert events(folder, "evaluated") == [4, 8, 12]
+
+
+@pytest.mark.parametrize(("difference", "most", "stops"), [(0.24, 0.25, False), (0.26, 0.25, True), (3.0, None, False)])
+def test_engines_that_disagree_with_the_trainer_stop_the_run(difference: float, most: float | None, stops: bool) -> None:
+    with pytest.raises(TrainingError, match=r"step 1: .* differ by 0\.26 nats") if stops else nullcontext():
+        require_same_policy(1, difference, most)

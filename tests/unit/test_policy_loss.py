@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -211,3 +212,27 @@ def check_answers(batch: Batch, micro: tuple[Answer, ...], groups: list[Group]) 
                 assert batch.advantages[at] == pytest.approx(answer.advantage)
                 assert batch.versions[at] == 3
         start += answer.size
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_advantages_by_token_get_to_their_tokens(world: int) -> None:
+    groups, scores = make_groups()
+    draw = Random(3)
+    scores = [replace(one, advantages=tuple(array("f", [draw.gauss(0, 1) for _ in range(n)]) for n in one.lengths)) for one in scores]
+    flat = torch.tensor([value for one in scores for answer in one.advantages for value in answer], dtype=torch.float64)
+    white = ((flat - flat.mean()) / (flat.std() + 1e-6)).float()
+    weighing = replace(WEIGHING, advantage="gae", mask_truncated=True)
+    (update,) = plan(scores, weighing, budget=40, world=world, updates=1)
+    found: dict[tuple[int, int], list[float]] = {}
+    for rank in update.micro:
+        for answers in rank:
+            batch = build(answers, dict(enumerate(groups)), budget=40, documents=update.documents, step=0)
+            assert batch.advantages is not None
+            start = 0
+            for answer in answers:
+                own = [i for i, flag in enumerate(groups[answer.group].trajectories[answer.place].by_policy) if flag]
+                first = start + len(groups[answer.group].prompt.tokens) - 1  # position t of a batch predicts token t + 1
+                found[answer.group, answer.place] = [float(batch.advantages[first + i]) for i in own]
+                start += answer.size
+    told = [value for key in sorted(found) for value in found[key]]
+    assert told == pytest.approx(white.tolist(), rel=1e-5) and len(found) == 12

@@ -9,8 +9,10 @@ import pytest
 
 from rayft.config.load import load
 from rayft.config.schema import GrpoRun
+from rayft.data import prompts
 from rayft.data.prompts import PromptSet, prepare_prompts
 from rayft.errors import DataError
+from rayft.models.tokenizer import exact_backend
 from tiny import tiny_tokenizer
 
 
@@ -50,6 +52,15 @@ def test_instructions_need_no_output_and_texts_are_asked_as_they_are(tmp_path: P
     ]:
         folder = prepare_prompts(run(tmp_path, f"data.train.a.format={form}"), "train")
         assert tokenizer.decode(PromptSet(folder, seed=0, shuffle=False).prompt(0).tokens) == expected
+
+
+def test_the_tokenizer_is_read_once_for_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large one takes a tenth of a second."""
+    read: list[object] = []
+    monkeypatch.setattr(prompts, "exact_backend", lambda tokenizer: read.append(tokenizer) or exact_backend(tokenizer))
+    write(tmp_path, CHATS)
+    prepare_prompts(run(tmp_path), "train")
+    assert len(read) == 1
 
 
 def test_every_epoch_asks_every_prompt_once_in_an_order_of_its_own(tmp_path: Path) -> None:

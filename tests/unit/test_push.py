@@ -218,6 +218,7 @@ def test_an_engine_that_fails_is_left_out(when: str, folder: Path, threads: list
     assert list(report.lost) == [f"failing-{when}"] and report.verified
     assert torch.equal(held(threads[0])["model.norm.weight"], model.get_parameter("model.norm.weight"))
     assert threads[0].engine._going.is_set()
+    threads[1].engine._receiving = False  # a process would be ended; the next test takes it for another one
 
 
 def test_a_broken_group_ends_the_push_in_time(folder: Path, threads: list[EngineThread], tmp_path: Path) -> None:
@@ -228,3 +229,98 @@ def test_a_broken_group_ends_the_push_in_time(folder: Path, threads: list[Engine
     assert time.monotonic() - began < 8
     report = push.push(policy(folder, 3), "2.1", [failing("pause", threads[1]), *handles(threads[:1], life=1)])
     assert report.verified and list(report.lost) == ["failing-pause"]  # found dead before the group was made
+
+
+def test_an_engine_in_which_a_push_broke_off_serves_no_version_and_is_never_pushed_to_again(folder: Path, tmp_path: Path) -> None:
+    """As after the death of the trainer in the middle of it, when nobody is left who knows."""
+    thread, model = EngineThread(EngineOptions(folder, "local", "float32", context=64)), policy(folder, 3)
+    assert thread.call("version").result() == "0.0"
+    seen: list[str] = []
+
+    def watched(method: str, *arguments: Any) -> Future[Any]:
+        seen.append(thread.call("version").result())
+        return thread.call(method, *arguments)
+
+    sender("disk", tmp_path).push(model, "1.1", [EngineHandle("watched", watched)])
+    assert set(seen) == {"0.0", "", "1.1"} and sorted(seen, key=["0.0", "", "1.1"].index) == seen
+    sender("disk", tmp_path, deadline_s=0.5).push(model, "1.2", [failing("finish", thread)])
+    assert thread.call("version").result() == ""
+    for transport in ("disk", "gloo"):
+        report = sender(transport, tmp_path, deadline_s=5).push(model, "2.1", handles([thread], life=1))
+        assert "an earlier push to it broke off, so what it holds is undefined" in report.lost["engine-0-1"]
+    assert thread.call("version").result() == "" and not thread.engine._going.is_set()
+    thread.close()
+
+
+STACKS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+def test_experts_travel_one_by_one_with_their_adapters_merged(tmp_path: Path) -> None:
+    """Under the names of checkpoint files, which every engine knows; peft's own merge of the stack is the reference."""
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    folder = write_model("qwen3_moe", tmp_path / "moe")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    adapt(model, Adapter(type="lora", r=4, targets=("q_proj",), target_parameters=STACKS), 0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    thread = EngineThread(EngineOptions(folder, "local", "float32", context=64))
+    assert sender("disk", tmp_path).push(model, "1.1", handles([thread])).verified
+    got = held(thread)
+    thread.close()
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        sent = {weight.name: weight for weight in full_weights(model, torch.float32)}
+        assert sent.keys() == set(file.keys())
+        assert all(weight.shape == tuple(file.get_slice(name).get_shape()) for name, weight in sent.items())
+    for layer in (1, 2):
+        wrapper = model.model.layers[layer].mlp.experts
+        while hasattr(wrapper, "parameter_name"):
+            name = f"model.layers.{layer}.mlp.experts.{wrapper.parameter_name}"
+            expected = plain[name] + wrapper.get_delta_weight("default")
+            torch.testing.assert_close(got[name], expected)
+            assert (expected - plain[name]).abs().max() > 0.1
+            wrapper = wrapper.base_layer
+    assert torch.equal(got["model.layers.0.mlp.gate_proj.weight"], plain["model.layers.0.mlp.gate_proj.weight"])
+
+
+def test_a_base_in_4_bits_is_sent_as_it_computes(folder: Path, threads: list[EngineThread], tmp_path: Path) -> None:
+    from rayft.models import nf4
+
+    model: Any = policy(folder, 2)
+    dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    names = nf4.choose(model, model.model.layers, ("o_proj",))
+    nf4.replace(model, names)
+    for name, layer in nf4.quantised(model):
+        layer.to_empty(device="cpu").fill(dense[f"{name}.weight"], lambda whole, own: whole.data.copy_(own))
+    adapt(model, Adapter(type="lora", r=4, targets=("q_proj",)), 0)
+    model.model.layers[1].self_attn.q_proj.lora_B["default"].weight.data.normal_()
+    assert sender("gloo", tmp_path).push(model, "1.1", handles(threads[:1])).verified
+    got, adapted = held(threads[0]), model.model.layers[1].self_attn.q_proj
+    assert len(names) == 3 * 5 and got.keys() == dense.keys()
+    for name, value in dense.items():
+        if name.removesuffix(".weight") not in names:
+            assert torch.equal(got[name], value), name
+        elif "q_proj" not in name:
+            assert 0 < (got[name] - value).abs().max() < 0.15 * value.abs().max(), name
+    x = torch.randn(7, 64)
+    torch.testing.assert_close(x @ got["model.layers.1.self_attn.q_proj.weight"].T, adapted(x), atol=1e-5, rtol=1e-5)
+
+
+def test_fused_experts_are_held_to_all_of_their_parts() -> None:
+    """As vLLM holds them: gate and up of all experts in one parameter, in an order of its own."""
+    own = {(expert, part): torch.randn(4, 3) for expert in range(3) for part in ("gate_proj", "up_proj", "down_proj")}
+    given = {f"m.0.mlp.experts.{expert}.{part}.weight": int(bit_sum(tensor)) for (expert, part), tensor in own.items()}
+    fused = torch.stack([torch.cat([own[expert, "up_proj"], own[expert, "gate_proj"]]) for expert in (2, 0, 1)])
+    down = torch.stack([own[expert, "down_proj"] for expert in range(3)])
+    for middle in ("", "routed_experts."):
+        parameters = {f"m.0.mlp.experts.{middle}w13_weight": fused, f"m.0.mlp.experts.{middle}w2_weight": down}
+        assert loaded_flaws(given, parameters) == ([], [])
+        changed = {name: value.clone() for name, value in parameters.items()}
+        changed[f"m.0.mlp.experts.{middle}w2_weight"][1, 0, 0] += 1
+        assert loaded_flaws(given, changed) == ([f"m.0.mlp.experts.{middle}w2_weight"], [])

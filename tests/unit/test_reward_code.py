@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ needs_namespaces = pytest.mark.skipif(refusal() is not None, reason=f"programs c
 
 ADD = "def add(a, b):\n    return a + b\nif __name__ == '__main__':\n    print(add(*map(int, input().split())))\n"
 LIMITS = Limits(cpu_s=0.4)
+READS_SHADOW = "PermissionError" if Path("/etc/shadow").exists() else "FileNotFoundError"
 SLACK_S = 20.0
 """Beyond the sandbox's own deadline, on a machine that is busy with other tests."""
 
@@ -165,6 +167,30 @@ print(tried(lambda: open({str(outside)!r}, "w")), tried(lambda: open({str(Path.c
     assert first.out == "False False False False False False True set() [] ['null', 'stdin']\n"
     assert second.out == "[]\n", "each run has a folder of its own"
     assert not outside.exists()
+
+
+@needs_namespaces
+@pytest.mark.skipif(os.geteuid() != 0, reason="the files of other users are closed to this one")
+def test_a_program_of_root_reads_no_file_that_is_closed_to_others_and_has_no_power() -> None:
+    with tempfile.NamedTemporaryFile(dir=Path(__file__).parent) as mine, tempfile.NamedTemporaryFile(dir=Path(__file__).parent) as nobodys:
+        os.chmod(nobodys.name, 0)
+        os.chown(nobodys.name, 12345, 12345)
+        way = Path(sys.base_prefix)
+        closed = [str(folder) for folder in reversed(way.parents) if not folder.stat().st_mode & 1][:1]  # /root, say
+        inside = [[way.relative_to(folder).parts[0]] for folder in closed]
+        script = f"""
+import ctypes, fractions, os
+for file in {[mine.name, nobodys.name, "/etc/shadow"]}:
+    try:
+        print(open(file).read())
+    except OSError as problem:
+        print(type(problem).__name__)
+print(os.getuid() > 10**9, fractions.Fraction(1, 2), [os.listdir(folder) for folder in {closed}])
+header, power = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+print(ctypes.CDLL(None).capget(header, power), list(power))
+"""
+        (outcome,) = run([Program(script)], LIMITS)
+    assert outcome.out.splitlines() == ["PermissionError", "PermissionError", READS_SHADOW, f"True 1/2 {inside}", "0 [0, 0, 0, 0, 0, 0]"]
 
 
 DAEMON = (

@@ -125,6 +125,10 @@ def test_questions_of_reasoning_gym_are_prompts_that_their_reward_knows(tmp_path
         ("<answer>no</answer>", made.score_answer("no", made[2])),
     ]:
         assert reasoning_gym.reward("", text, row) == value
+    for text, value in [(f"No, -3.5: it is {right}.", 1.0), (f"{right}, or 0", 0.0), ("none", 0.0), (f"1-{right}", 1.0)]:
+        assert reasoning_gym.reward("", text, row, read="number") == value
+    with pytest.raises(ConfigError, match=re.escape("arguments.read = 'words': is no way to read an answer. Use tags or number")):
+        reasoning_gym.reward("", right, row, read="words")
     other = prepare_prompts(run(tmp_path, f"data.train.a.path={url}&min_terms=3", "reward.functions.r.function=reasoning_gym"), "train")
     assert other != prepare_prompts(cfg, "train")
     with pytest.raises(DataError, match="makes another question at place 2"):

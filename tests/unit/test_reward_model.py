@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 import torch
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayTaskError
 
 from rayft.config.environment import Credentials
 from rayft.config.load import load
 from rayft.config.schema import GrpoRun, RewardModel
-from rayft.errors import ConfigError, DataError, RayftError, ResourceError
+from rayft.errors import ConfigError, DataError, InfrastructureError, RayftError, ResourceError
 from rayft.models.scoring import ChatScorer
 from tiny import tiny_tokenizer
 
@@ -146,3 +148,92 @@ def test_a_model_that_does_not_come_up_ends_the_run_with_a_sentence(
     with pytest.raises(RayftError, match=sentence), reward_model.open_models(cfg, "d", "cpu", {}, Credentials({}, {})):
         pass
     assert len(killed) == 1
+
+
+class Replica:
+    """An actor that loads its model for `load_s` after each restart, and then scores, or is stuck."""
+
+    def __init__(self, load_s: float = 0.0, loaded: bool = True, stuck: bool = False) -> None:
+        self.load_s, self.loaded, self.stuck = load_s, loaded, stuck
+        self.killed = self.asked = 0
+        self.start, self.score = MagicMock(), MagicMock()
+        self.start.remote, self.score.remote = self._start, self._score
+
+    async def _start(self) -> None:
+        lives = self.killed
+        if not self.loaded:
+            await asyncio.sleep(self.load_s)
+        if self.killed != lives:
+            raise ActorUnavailableError("killed", None)
+        self.loaded = True
+
+    async def _score(self, chats: list[Any]) -> list[float] | None:
+        self.asked += 1
+        if self.loaded and self.stuck:
+            await asyncio.sleep(60.0)
+        return [1.0] * len(chats) if self.loaded else None
+
+    def kill(self) -> None:
+        self.killed, self.loaded, self.stuck = self.killed + 1, False, False
+
+
+def replicas_of(monkeypatch: pytest.MonkeyPatch, deadline_s: float, start_s: float, **replicas: Replica) -> Any:
+    from rayft.actors import reward_model
+
+    monkeypatch.setattr(reward_model.ray, "get_actor", replicas.__getitem__)
+    monkeypatch.setattr(reward_model.ray, "kill", lambda one, no_restart: one.kill())
+    monkeypatch.setattr(reward_model, "AGAIN_S", 0.01)
+    return reward_model.Replicas(tuple(replicas), deadline_s / reward_model.SHARE, start_s)
+
+
+def test_a_replica_that_loads_is_not_ended_at_the_deadline_of_a_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Replica(load_s=0.5, loaded=False)
+
+    async def run() -> None:
+        replicas = replicas_of(monkeypatch, 0.1, 30.0, slow=slow)
+        for _ in range(2):
+            began = time.monotonic()
+            with pytest.raises(InfrastructureError, match=r"has not scored 2 chats within 0\.1 s"):
+                await replicas(CHATS[:2])
+            assert time.monotonic() - began < 0.3
+        await replicas.loaded()
+        assert await replicas(CHATS[:2]) == [1.0, 1.0]
+
+    asyncio.run(run())
+    assert slow.killed == 0
+
+
+def test_a_replica_that_loads_gets_no_questions_while_another_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, there = Replica(load_s=0.2, loaded=False), Replica()
+
+    async def run() -> None:
+        replicas = replicas_of(monkeypatch, 5.0, 30.0, slow=slow, there=there)
+        for _ in range(5):
+            assert await replicas(CHATS[:1]) == [1.0]
+        await replicas.loaded()
+        assert (slow.asked, there.asked) == (1, 5)
+        while slow.asked == 1:
+            await replicas(CHATS[:1])
+            await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+def test_only_a_loaded_replica_that_is_stuck_and_one_that_never_loads_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    stuck, endless = Replica(stuck=True), Replica(load_s=60.0, loaded=False)
+
+    async def run() -> None:
+        replicas = replicas_of(monkeypatch, 0.1, 0.2, stuck=stuck)
+        with pytest.raises(InfrastructureError):
+            await replicas(CHATS[:1])
+        await replicas.loaded()
+        assert stuck.killed == 1 and await replicas(CHATS[:1]) == [1.0]
+        with pytest.raises(InfrastructureError):
+            await (never := replicas_of(monkeypatch, 0.1, 0.2, endless=endless))(CHATS[:1])
+        await asyncio.sleep(0.3)
+        assert endless.killed == 1
+        endless.load_s = 0.0
+        await never.loaded()
+        assert await never(CHATS[:1]) == [1.0]
+
+    asyncio.run(run())

@@ -24,7 +24,7 @@ from rayft.errors import ConfigError, DataError
 from rayft.experience.judge import Judge, reward_functions
 from rayft.rewards import exact, gsm8k, length, math
 from rayft.rewards import format as pattern
-from rayft.rewards.answers import final, number
+from rayft.rewards.answers import final, last_number, number
 from rayft.types import Group, Prompt, Trajectory
 from tiny import tiny_tokenizer
 
@@ -189,6 +189,26 @@ def test_expressions_are_compared_outside_the_main_thread() -> None:
         return [await asyncio.to_thread(math.reward, "", completion, {"answer": answer}) for completion, answer, _ in cases]
 
     assert asyncio.run(values()) == [value for _, _, value in cases]
+
+
+@pytest.mark.parametrize(
+    ("text", "last"),
+    [
+        ("She has 5 left, so $1,250.50.", "1,250.50"),
+        ("12 - 5 = 7", "7"),
+        ("12-5", "5"),
+        ("it falls to -3", "-3"),
+        ("1,2 or 34,5", "5"),
+        ("version 1.2.3", "1.2"),
+        ("none", None),
+    ],
+)
+def test_the_last_number_of_an_answer_may_count(text: str, last: str | None) -> None:
+    assert last_number(text) == last
+    assert gsm8k.reward("", text, {"answer": f"so\n#### {last or 0}"}, read="number") == float(last is not None)
+    assert gsm8k.reward("", text, {"answer": f"so\n#### {last or 0}"}) == 0.0
+    with pytest.raises(ConfigError, match=re.escape("arguments.read = 'last': is no way to read an answer. Use marked or number")):
+        gsm8k.reward("", text, {"answer": "1"}, read="last")
 
 
 def test_rows_of_gsm8k() -> None:

@@ -32,18 +32,28 @@ BLOCK = Block()
 
 
 @triton.jit
-def _gate(g, ACT: tl.constexpr):
-    """(s, s') of float32 g."""
+def _exp(x, EXACT: tl.constexpr):
+    """e^x. As it is, Triton rounds x / ln 2 once, an error that grows with x; exactly, 2^n e^r with a remainder r in two roundings."""
+    if not EXACT:
+        return tl.exp(x)
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = tl.fma(n, -1.42860677e-6, tl.fma(n, -0.693145752, x))
+    return tl.exp2(r * 1.4426950408889634) * tl.exp2(n)
+
+
+@triton.jit
+def _gate(g, ACT: tl.constexpr, EXACT: tl.constexpr = False):
+    """(s, s') of float32 g; EXACT where results are not rounded to a narrower type, which hides what is lost otherwise."""
     if ACT == 2:
         s = 0.5 * tl.erf(g * 0.7071067811865476) + 0.5
-        slope = 0.3989422804014327 * tl.exp(-0.5 * g * g)
+        slope = 0.3989422804014327 * _exp(-0.5 * g * g, EXACT)
     else:
         z, dz = g, 1.0
         if ACT == 1:
             z = 1.5957691216057308 * (g + 0.044715 * g * g * g)
             dz = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
-        e = tl.exp(tl.minimum(-z, 88.0))
-        s = 1.0 / (1.0 + e)
+        e = _exp(tl.minimum(-z, 88.0), EXACT)
+        s = tl.div_rn(1.0, 1.0 + e) if EXACT else 1.0 / (1.0 + e)
         slope = s * (e * s) * dz  # 1 - s = e s, which loses nothing where s is near 1
     return s, slope
 

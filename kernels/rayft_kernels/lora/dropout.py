@@ -16,17 +16,17 @@ _GOLDEN = 0x9E3779B1
 _MASK = 0xFFFFFFFF
 
 
-def token_dropout(x: Tensor, keys: Tensor, seed: int, p: float) -> Tensor:
+def token_dropout(x: Tensor, keys: Tensor, seed: Tensor, p: float) -> Tensor:
     """x / (1 - p) where the hash keeps it, else 0; linear in x and its own transpose. No autograd: call it inside a node.
 
     Args:
         x: [T, H].
         keys: int64 [T], each in [0, 2^32).
-        seed: in [0, 2^31).
+        seed: int64 [] on the CPU, in [0, 2^31).
         p: share that is dropped, in [0, 1).
     """
     if HAS_TRITON and x.is_cuda and x.dtype in SUPPORTED:
-        dropped: Tensor = (dropout_body if unobserved(x, keys) else dropout_kernel)(x, keys, seed, p)
+        dropped: Tensor = (dropout_body if unobserved(x, keys, seed) else dropout_kernel)(x, keys, seed, p)
         return dropped
     features = _mix(torch.arange(x.shape[-1], device=x.device, dtype=torch.int64) * _GOLDEN + seed)
     keep = _mix(keys[:, None] ^ features[None, :]) >= int(p * 2**32)

@@ -18,15 +18,14 @@ from torch import Tensor
 from rayft_kernels.lora.dropout import token_dropout
 from rayft_kernels.nf4.op import NF4, dequantise
 
-SLOTS = ("weight", "bias", "a", "b", "magnitude", "lora_bias", "drop", "scales", "outer")
+SLOTS = ("weight", "bias", "a", "b", "magnitude", "lora_bias", "drop", "seed", "scales", "outer")
 """The tensors of a projection in the order in which autograd nodes take them."""
 
 
 class Static(NamedTuple):
-    """What is constant of a projection: the adapter's scale, seed and share of its dropout."""
+    """What is constant of a projection, and in a compiled graph: the adapter's scale and the share of its dropout."""
 
     scale: float
-    seed: int
     p: float
 
 
@@ -41,6 +40,7 @@ class Part(NamedTuple):
     magnitude: Tensor | None
     lora_bias: Tensor | None
     drop: Tensor | None
+    seed: Tensor | None
     scales: Tensor | None
     outer: Tensor | None
 
@@ -63,6 +63,7 @@ class Grads(NamedTuple):
     magnitude: Tensor | None = None
     lora_bias: Tensor | None = None
     drop: None = None
+    seed: None = None
     scales: None = None
     outer: None = None
 
@@ -93,22 +94,22 @@ def dropped(x: Tensor, part: Part) -> Tensor:
     """The adapter's input, or equally the gradient on its way back through the dropout."""
     if part.drop is None:
         return x
-    if part.drop.is_floating_point():
+    if part.seed is None:
         return x * part.drop.to(x.dtype)
-    return token_dropout(x, part.drop, part.static.seed, part.static.p)
+    return token_dropout(x, part.drop, part.seed, part.static.p)
 
 
 def lows_of(x: Tensor, parts: Sequence[Part]) -> list[Tensor | None]:
     """drop(x) A^T of every adapter; one product for all without dropout."""
     shared = [part.a.to(x.dtype) for part in parts if part.a is not None and part.drop is None]
-    stacked = iter((x @ _stack(shared).t()).split([a.shape[0] for a in shared], dim=1)) if shared else iter(())
+    stacked = iter(torch.mm(x, _stack(shared).t()).split([a.shape[0] for a in shared], dim=1)) if shared else iter(())
     return [None if part.a is None else next(stacked) if part.drop is None else dropped(x, part) @ part.a.to(x.dtype).t() for part in parts]
 
 
 def base(x: Tensor, part: Part) -> Tensor:
     """x W^T and the constants, without the low-rank product."""
     constant, weight = constant_of(part, x.dtype), part.weight
-    return x @ weight.t() if constant is None else torch.addmm(constant, x, weight.t())
+    return torch.mm(x, weight.t()) if constant is None else torch.addmm(constant, x, weight.t())
 
 
 def constant_of(part: Part, dtype: torch.dtype) -> Tensor | None:
@@ -128,7 +129,7 @@ def output(x: Tensor, part: Part, low: Tensor | None) -> tuple[Tensor, Saved]:
     if part.magnitude is not None:
         return _dora(x, part, low)
     constant = constant_of(part, x.dtype)
-    out = low @ b.t() if constant is None else torch.addmm(constant, low, b.t(), alpha=scale)
+    out = torch.mm(low, b.t()) if constant is None else torch.addmm(constant, low, b.t(), alpha=scale)
     return accumulated(out, x, part.weight.t(), beta=scale if constant is None else 1.0), Saved(low)
 
 
@@ -177,7 +178,9 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 def small_gradient(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """s left^T right, a sum over tokens in float32 or wider, in the parameter's type."""
     total = product(left.t(), right, torch.promote_types(left.dtype, torch.float32))
-    return (total if scale == 1.0 else total.mul_(scale)).to(dtype)
+    if scale == 1.0 or total.dtype == dtype:
+        return total.to(dtype) if scale == 1.0 else total.mul_(scale)
+    return torch.mul(total, scale, out=torch.empty_like(total, dtype=dtype))  # scaled and rounded at once
 
 
 def sum_tokens(grad: Tensor, dtype: torch.dtype) -> Tensor:
@@ -187,9 +190,10 @@ def sum_tokens(grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def inner(grad: Tensor, part: Part) -> Tensor:
-    """s grad B: the gradient of low, [T, r]."""
+    """s grad B: the gradient of low, [T, r]; scaled before it is rounded, inside of the product, which reads nothing of what it adds to."""
     assert part.b is not None
-    return (grad @ part.b.to(grad.dtype)).mul_(part.static.scale)
+    b = part.b.to(grad.dtype)
+    return torch.addmm(b[:1], grad, b, beta=0, alpha=part.static.scale)
 
 
 def through_gain(grad: Tensor, part: Part, saved: Saved) -> Tensor:
@@ -229,34 +233,41 @@ def backward(
     gained = [through_gain(g, part, s) for g, part, s in zip(grads, parts, saved, strict=True)]
     sides = [side_gradients(*item) for item in zip(grads, gained, parts, saved, needs, strict=True)]
     inners = [None if part.a is None else inner(g, part) for g, part in zip(gained, parts, strict=True)]
-    for index, gradient in _gradients_of_a(x, parts, inners, needs).items():
+    together = [t for t, part in zip(inners, parts, strict=True) if t is not None and part.drop is None]
+    stacked = _stack(together, dim=1) if together else None
+    for index, gradient in _gradients_of_a(x, parts, inners, stacked, needs).items():
         sides[index] = sides[index]._replace(a=gradient)
-    return (_gradient_of_x(parts, grads, gained, inners) if need_x else None), sides
+    return (_gradient_of_x(parts, grads, gained, inners, stacked) if need_x else None), sides
 
 
-def _gradients_of_a(x: Tensor, parts: Sequence[Part], inners: Sequence[Tensor | None], needs: Sequence[Needs]) -> dict[int, Tensor]:
-    """Projection -> gradient of its A, [r, in]; those without dropout come from one product."""
-    wanted = [(i, part, t) for i, (part, t, need) in enumerate(zip(parts, inners, needs, strict=True)) if t is not None and need[2]]
-    found = {i: small_gradient(t, dropped(x, part), part.a.dtype) for i, part, t in wanted if part.drop is not None and part.a is not None}
-    if shared := [(i, part.a, t) for i, part, t in wanted if part.drop is None and part.a is not None]:
-        total = small_gradient(_stack([t for _, _, t in shared], dim=1), x, torch.promote_types(x.dtype, torch.float32))
-        pieces = total.split([a.shape[0] for _, a, _ in shared])
-        found |= {i: piece.to(a.dtype) for (i, a, _), piece in zip(shared, pieces, strict=True)}
+def _gradients_of_a(
+    x: Tensor, parts: Sequence[Part], inners: Sequence[Tensor | None], stacked: Tensor | None, needs: Sequence[Needs]
+) -> dict[int, Tensor]:
+    """Projection -> gradient of its A, [r, in]; those without dropout come from one product with their `stacked` inners."""
+    adapted = [(i, part.a, part, t) for i, (part, t) in enumerate(zip(parts, inners, strict=True)) if part.a is not None and t is not None]
+    found = {i: small_gradient(t, dropped(x, part), a.dtype) for i, a, part, t in adapted if part.drop is not None and needs[i][2]}
+    shared = [(i, a) for i, a, part, _ in adapted if part.drop is None]
+    if stacked is not None and any(needs[i][2] for i, _ in shared):
+        dtypes = {a.dtype for _, a in shared}
+        total = small_gradient(stacked, x, dtypes.pop() if len(dtypes) == 1 else torch.promote_types(x.dtype, torch.float32))
+        pieces = total.split([a.shape[0] for _, a in shared])
+        found |= {i: piece.to(a.dtype) for (i, a), piece in zip(shared, pieces, strict=True) if needs[i][2]}
     return found
 
 
-def _gradient_of_x(parts: Sequence[Part], grads: Sequence[Tensor], gained: Sequence[Tensor], inners: Sequence[Tensor | None]) -> Tensor:
+def _gradient_of_x(
+    parts: Sequence[Part], grads: Sequence[Tensor], gained: Sequence[Tensor], inners: Sequence[Tensor | None], stacked: Tensor | None
+) -> Tensor:
     """[T, in]: the low-rank gradients first, then each large product accumulates onto them."""
-    adapted = [(t, part.a) for t, part in zip(inners, parts, strict=True) if part.drop is None]
-    shared = [(t, a.to(t.dtype)) for t, a in adapted if t is not None and a is not None]
-    total = _stack([t for t, _ in shared], dim=1) @ _stack([a for _, a in shared]) if shared else None
+    shared = [part.a.to(grad.dtype) for part, grad in zip(parts, grads, strict=True) if part.a is not None and part.drop is None]
+    total = None if stacked is None else torch.mm(stacked, _stack(shared))
     for grad, through, part, t in zip(grads, gained, parts, inners, strict=True):
         weight = part.weight
         if part.drop is not None and t is not None and part.a is not None:
             low = t @ part.a.to(t.dtype)
             low = dropped(low if part.magnitude is None else low.addmm_(through - grad, weight), part)
             total, through = (low if total is None else total.add_(low)), grad
-        total = through @ weight if total is None else total.addmm_(through, weight)
+        total = torch.mm(through, weight) if total is None else total.addmm_(through, weight)
     assert total is not None
     return total
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rayft_kernels.lora.linears import SLOTS, Static, linears
+from rayft_kernels.lora.linears import Static, linears
 from rayft_kernels.lora.mlp import mlp
 from rayft_kernels.nf4.op import NF4
 
@@ -33,12 +33,12 @@ class TokenDropout(NamedTuple):
 
     Attributes:
         keys: int64 [T], each in [0, 2^32).
-        seed: of the layer, in [0, 2^31).
+        seed: int64 [] on the CPU, the layer's, in [0, 2^31). A tensor, because torch.compile makes a graph for each value of an int.
         p: share that is dropped.
     """
 
     keys: Tensor
-    seed: int
+    seed: Tensor
     p: float
 
 
@@ -124,18 +124,18 @@ def _flatten(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, tupl
     for one in projections:
         _check(one)
         drop, seed, p = _dropout_parts(one.dropout)
-        statics.append(Static(float(one.scale), seed, p))
+        statics.append(Static(float(one.scale), p))
         codes, scales, outer = one.weight if isinstance(one.weight, NF4) else (_to(one.weight, low), None, None)
-        small = {**one._asdict(), "drop": drop}
-        tensors += [codes, *(_to(small[name], low) for name in SLOTS[1:-2]), scales, outer]
+        small = (one.bias, one.a, one.b, one.magnitude, one.lora_bias, drop)  # the order of SLOTS
+        tensors += (codes, *(small if low is None else [_to(tensor, low) for tensor in small]), seed, scales, outer)
     return _to(x, low), tuple(statics), tensors
 
 
-def _dropout_parts(dropout: Tensor | TokenDropout | None) -> tuple[Tensor | None, int, float]:
+def _dropout_parts(dropout: Tensor | TokenDropout | None) -> tuple[Tensor | None, Tensor | None, float]:
     """Mask or keys, seed and share. Keys are shared by projections, and torch.compile takes no tensor twice: each gets a view."""
     if isinstance(dropout, TokenDropout):
         return dropout.keys.view(-1), dropout.seed, dropout.p
-    return (None if dropout is None else dropout.reshape(-1, dropout.shape[-1])), 0, 0.0
+    return (None if dropout is None else dropout.reshape(-1, dropout.shape[-1])), None, 0.0
 
 
 def _to(tensor: Any, dtype: torch.dtype | None) -> Any:

@@ -13,6 +13,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from rayft_kernels.device import on_its_device
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
 MAX_RANK = 64
@@ -156,6 +158,7 @@ def _factor(low: Tensor | None, wide: Tensor | None, spare: Tensor) -> tuple[Ten
     return low, wide, low.stride(0), wide.stride(0), wide.stride(1), rank, padded(rank)
 
 
+@on_its_device
 def glu_forward_body(
     gate: Tensor,
     up: Tensor,
@@ -200,6 +203,7 @@ def _(
     return torch.empty_like(gate)
 
 
+@on_its_device
 def glu_backward_body(
     dh: Tensor,
     gate: Tensor,
@@ -257,14 +261,15 @@ def _(
     return torch.empty_like(dh), dh.new_empty((rows, dh.shape[1]), dtype=torch.float32)
 
 
-def dropout_body(x: Tensor, keys: Tensor, seed: int, p: float) -> Tensor:
-    """`dropout.token_dropout` in one kernel."""
+@on_its_device
+def dropout_body(x: Tensor, keys: Tensor, seed: Tensor, p: float) -> Tensor:
+    """`dropout.token_dropout` in one kernel; the seed is on the CPU, so nothing waits for the device."""
     x = x if x.stride(1) == 1 else x.contiguous()
     tokens, width = x.shape
     out = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
     if tokens:
         grid = (-(-width // 256), -(-tokens // 16))
-        _dropout[grid](x, keys, out, seed, int(p * 2**32), 1 / (1 - p), tokens, width, x.stride(0), BT=16, BI=256, num_warps=8)
+        _dropout[grid](x, keys, out, int(seed), int(p * 2**32), 1 / (1 - p), tokens, width, x.stride(0), BT=16, BI=256, num_warps=8)
     return out
 
 
@@ -272,5 +277,5 @@ dropout_kernel = torch.library.custom_op("rayft_kernels::token_dropout", dropout
 
 
 @dropout_kernel.register_fake
-def _(x: Tensor, keys: Tensor, seed: int, p: float) -> Tensor:
+def _(x: Tensor, keys: Tensor, seed: Tensor, p: float) -> Tensor:
     return x.new_empty(x.shape)

@@ -7,20 +7,14 @@ is split over programs: each is made by one program in one order, which keeps ev
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rayft_kernels.device import on_its_device
 from rayft_kernels.glu.triton import ACTIVATIONS, _gate
 from rayft_kernels.moe_lora.routing import TILE
-
-Rest = ParamSpec("Rest")
-Result = TypeVar("Result")
 
 PRODUCT = (256, 64, 8, 3)
 """Columns and depth of a product's block of TILE rows, warps, stages, where a multiprocessor has the memory for it."""
@@ -52,6 +46,19 @@ def _source(order_ptr, rows, start, stop, GATHER: tl.constexpr):
 
 
 @triton.jit
+def _plus_product(total, left, right):
+    """total + left right. In float32 the product is summed apart: one sum in the order of the columns loses more than torch's.
+
+    An fma with 1, because Triton makes a plain sum the value that the product's sum starts from.
+    """
+    if left.dtype == tl.float32:
+        total = tl.fma(tl.dot(left, right, input_precision="ieee"), 1.0, total)
+    else:
+        total = tl.dot(left, right, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def _product(
     x_ptr, w_ptr, out_ptr, order_ptr, tiles_ptr, low_ptr, factor_ptr, tiles, N, K, stride_x, w_e, w_n, w_k,
     P: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -67,6 +74,7 @@ def _product(
     columns = (inside_group // members) * BN + tl.arange(0, BN)
     source = _source(order_ptr, rows, start, stop, GATHER)
     there = columns < N
+    LATE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     k = tl.arange(0, BK)
     x_at = x_ptr + source[:, None] * stride_x + k[None, :]
     w_at = w_ptr + expert.to(tl.int64) * w_e + columns[None, :] * w_n + k[:, None] * w_k
@@ -74,18 +82,20 @@ def _product(
         p = tl.arange(0, P)
         low = tl.load(low_ptr + tl.where(rows < stop, rows, start)[:, None].to(tl.int64) * P + p[None, :])
         factor = tl.load(factor_ptr + (expert.to(tl.int64) * P + p[:, None]) * N + columns[None, :], mask=there[None, :], other=0.0)
-        total = tl.dot(low, factor, input_precision="ieee")
-    else:
-        total = tl.zeros((BM, BN), tl.float32)
+    total = tl.zeros((BM, BN), tl.float32)
+    if (P > 0) & (not LATE):
+        total = tl.dot(low, factor, total, input_precision="ieee")
     for first in range(0, K, BK):
         if EVEN:
             x, w = tl.load(x_at), tl.load(w_at)
         else:
             x = tl.load(x_at, mask=k[None, :] < K - first, other=0.0)
             w = tl.load(w_at, mask=(k[:, None] < K - first) & there[None, :], other=0.0)
-        total = tl.dot(x, w, total, input_precision="ieee")
+        total = _plus_product(total, x, w)
         x_at += BK
         w_at += BK * w_k
+    if (P > 0) & LATE:
+        total = _plus_product(total, low, factor)
     out_at = out_ptr + rows[:, None].to(tl.int64) * N + columns[None, :]
     tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=(rows < stop)[:, None] & there[None, :])
 
@@ -107,7 +117,7 @@ def _low(
         there = first + k < K
         x = tl.load(x_ptr + source[:, None] * stride_x + first + k[None, :], mask=there[None, :], other=0.0)
         factor = tl.load(factor_ptr + (expert.to(tl.int64) * P + p[None, :]) * K + first + k[:, None], mask=there[:, None], other=0.0)
-        total = tl.dot(x, factor, total, input_precision="ieee")
+        total = _plus_product(total, x, factor)
     out_at = out_ptr + rows[:, None].to(tl.int64) * P + p[None, :]
     tl.store(out_at, (total * scale).to(out_ptr.dtype.element_ty), mask=(rows < stop)[:, None])
 
@@ -134,12 +144,12 @@ def _activate(
         gate_at = gu_ptr + rows[:, None] * (2 * width) + columns[None, :]
         gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(gate_at + width, mask=mask, other=0.0).to(tl.float32)
-        s, _ = _gate(gate, KIND)
+        s, _ = _gate(gate, KIND, kind == tl.float32)
         h = (gate * s * up).to(kind)
         tl.store(h_ptr + rows[:, None] * width + columns[None, :], h, mask=mask)
         if P > 0:
             factor_at = factor_ptr + (expert.to(tl.int64) * P + p[None, :]) * width + columns[:, None]
-            total = tl.dot(h, tl.load(factor_at, mask=there[:, None], other=0.0), total, input_precision="ieee")
+            total = _plus_product(total, h, tl.load(factor_at, mask=there[:, None], other=0.0))
     if P > 0:
         tl.store(low_ptr + rows[:, None] * P + p[None, :], (total * scale).to(kind), mask=at[:, None])
 
@@ -169,7 +179,7 @@ def _activate_backward(
         gate = tl.load(gu_ptr + packed, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(gu_ptr + packed + width, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(dh_ptr + single, mask=mask, other=0.0).to(tl.float32)
-        s, slope = _gate(gate, KIND)
+        s, slope = _gate(gate, KIND, kind == tl.float32)
         value = gate * s
         h = value * up
         dweight += tl.sum(grad * h, 1)
@@ -181,8 +191,8 @@ def _activate_backward(
             tl.store(h_ptr + single, (h * weight[:, None]).to(kind), mask=mask)
         if P > 0:
             factor_at = factor_ptr + (expert.to(tl.int64) * P + p[None, :]) * (2 * width) + columns[:, None]
-            total = tl.dot(dgate, tl.load(factor_at, mask=there[:, None], other=0.0), total, input_precision="ieee")
-            total = tl.dot(dup, tl.load(factor_at + width, mask=there[:, None], other=0.0), total, input_precision="ieee")
+            total = _plus_product(total, dgate, tl.load(factor_at, mask=there[:, None], other=0.0))
+            total = _plus_product(total, dup, tl.load(factor_at + width, mask=there[:, None], other=0.0))
     tl.store(dweight_ptr + rows, dweight, mask=at)
     if P > 0:
         tl.store(low_ptr + rows[:, None] * P + p[None, :], (total * scale).to(kind), mask=at[:, None])
@@ -208,7 +218,7 @@ def _gram(
         x = tl.load(left_ptr + from_left[:, None] * stride_left + left[None, :], mask=mask, other=0.0)
         mask = at[:, None] & (right < N)[None, :]
         y = tl.load(right_ptr + from_right[:, None] * stride_right + right[None, :], mask=mask, other=0.0)
-        total = tl.dot(tl.trans(x), y, total, input_precision="ieee")
+        total = _plus_product(total, tl.trans(x), y)
     out_at = out_ptr + (expert.to(tl.int64) * M + left[:, None]) * N + right[None, :]
     tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=(left < M)[:, None] & (right < N)[None, :])
 
@@ -232,18 +242,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _on_its_device(launch: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Concatenate[Tensor, Rest], Result]:
-    """Triton launches on the current device, which need not be the tensors'."""
-
-    @wraps(launch)
-    def launched(x: Tensor, /, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
-        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call, unused-ignore]
-            return launch(x, *args, **kwargs)
-
-    return launched
-
-
-@_on_its_device
+@on_its_device
 def low(x: Tensor, factor: Tensor, order: Tensor, tiles: Tensor, scale: float, gather: int) -> Tensor:
     """`steps.low`."""
     x = _dense(x)
@@ -264,7 +263,7 @@ def _product_block(x: Tensor, rank: int) -> tuple[int, int, int, int]:
     return PRODUCT if rank <= 64 and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9 else SMALL_PRODUCT
 
 
-@_on_its_device
+@on_its_device
 def product(x: Tensor, weight: Tensor, low: Tensor | None, factor: Tensor | None, order: Tensor, tiles: Tensor, gather: int) -> Tensor:
     """`steps.product`."""
     x = _dense(x)
@@ -282,7 +281,7 @@ def product(x: Tensor, weight: Tensor, low: Tensor | None, factor: Tensor | None
     return out
 
 
-@_on_its_device
+@on_its_device
 def activate(gate_up: Tensor, factor: Tensor | None, tiles: Tensor, scale: float, activation: str) -> tuple[Tensor, Tensor]:
     """`steps.activate`."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -296,7 +295,7 @@ def activate(gate_up: Tensor, factor: Tensor | None, tiles: Tensor, scale: float
     return h, out
 
 
-@_on_its_device
+@on_its_device
 def activate_backward(
     dh: Tensor, gate_up: Tensor, weights: Tensor, factor: Tensor | None, tiles: Tensor, scale: float, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -313,7 +312,7 @@ def activate_backward(
     return d_gate_up, dweight, out, h
 
 
-@_on_its_device
+@on_its_device
 def gram(left: Tensor, right: Tensor, order: Tensor, ends: Tensor, gather_left: int, gather_right: int, dtype: torch.dtype) -> Tensor:
     """`steps.gram`."""
     left, right = _dense(left), _dense(right)
@@ -328,7 +327,7 @@ def gram(left: Tensor, right: Tensor, order: Tensor, ends: Tensor, gather_left: 
     return out
 
 
-@_on_its_device
+@on_its_device
 def combine(y: Tensor, place: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
     """`steps.combine`."""
     tokens, width = place.numel() // top_k, y.shape[1]

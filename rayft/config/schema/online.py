@@ -45,7 +45,9 @@ class Rollout(Section):
     health_s: PositiveFloat = Field(
         30.0, description="Longest time that an engine may leave a question about its state unanswered before it is restarted."
     )
-    start_s: PositiveFloat = Field(600.0, description="Longest time that an engine may take to start, and to take in new weights.")
+    start_s: PositiveFloat = Field(
+        600.0, description="Longest time that an engine may take to start, and to take in new weights; and a reward model to be loaded."
+    )
     restarts: Count = Field(
         5,
         description="Times that a group is asked for again after its engine died or missed a deadline, and after its environment failed; then its prompt is dropped.",
@@ -80,7 +82,7 @@ class HttpJudge(Section):
     url: Str = Field(description="Address of the endpoint without /chat/completions, such as http://host:8000/v1.")
     model: Str = Field(description="Name of the model there.")
     prompt: Str = Field(
-        description="What it is asked: a Jinja template of prompt, completion and row, the columns of the row, or a path to a .jinja file."
+        description="What it is asked: a Jinja template of prompt, completion and row, the columns of the row, or a path to a .jinja file, which is read where the command starts."
     )
     score: Str = Field(
         r"(?i:score)\s*[:=]\s*(-?[0-9]+(?:\.[0-9]+)?)",
@@ -167,9 +169,16 @@ class Algorithm(Section):
         "grpo",
         description="grpo; dr_grpo, without division by deviation and length; dapo, asymmetric clip, token mean and no groups without variance; gspo, ratios of whole answers; cispo, clipped importance weights; sapo, smooth gate; rloo, leave-one-out baseline; reinforce_pp, deviation over the batch.",
     )
-    advantage: Literal["group_mean_std", "group_mean", "leave_one_out", "reinforce_pp_baseline", "gdpo"] | None = Field(
-        None, description="How rewards of a group become advantages; gdpo normalises each reward function on its own."
+    advantage: Literal["group_mean_std", "group_mean", "leave_one_out", "reinforce_pp_baseline", "gdpo", "gae"] | None = Field(
+        None,
+        description="How rewards of a group become advantages; gdpo normalises each reward function on its own; gae gives each token its own by a critic, see values.",
     )
+    values: Str | None = Field(
+        None,
+        description="module:function or ./file.py:function of (prompt, answers, by_policy, row), plain or async: the critic of gae, which gives a value for each token that the policy wrote.",
+    )
+    gamma: Fraction = Field(1.0, description="Discount of gae from one token to the next.")
+    lam: Fraction = Field(1.0, description="Lambda of gae: 0 trusts the values alone, 1 the reward.")
     average: Literal["token", "sequence", "constant"] | None = Field(
         None,
         description="token: mean over all tokens; sequence: mean over answers of their token means; constant: sum over answers times rollout.max_tokens.",
@@ -199,6 +208,10 @@ class Algorithm(Section):
     rerolls: Count = Field(
         0, description="Times that the prompt of a filtered group is asked again under later weights, with answers drawn anew."
     )
+    replay: Count = Field(
+        0,
+        description="Most groups of a step that, in the place of filtered ones, are taken from earlier steps within rollout.max_staleness and trained once more, those with the largest deviation of rewards first.",
+    )
     max_filtered: PositiveInt = Field(
         20, description="Steps' worth of groups that may be filtered in a row before the run stops: nothing is learnt then."
     )
@@ -218,15 +231,19 @@ class WeightSync(Section):
 
     type: Literal["auto", "disk", "gloo", "nccl", "ipc"] = Field(
         "auto",
-        description="disk: files in the run's directory; gloo: between processes on CPUs; nccl: between GPUs; ipc: on one GPU; auto takes nccl or ipc on GPUs and disk on CPUs.",
+        description="disk: files in the run's directory; gloo: between processes on CPUs; nccl: between GPUs; ipc: on one GPU; auto takes nccl or ipc on GPUs, and on CPUs disk, or gloo when run.dir is a URL.",
     )
     payload: Literal["auto", "full", "adapter"] = Field(
         "auto",
-        description="full sends every weight, adapters merged; adapter what is trained only, which engines merge; auto takes adapter for LoRA.",
+        description="full sends every weight, adapters merged; adapter what is trained only, which engines merge; auto takes adapter for LoRA of linear layers that are not in 4 bits.",
     )
     verify_every: PositiveInt = Field(
         10,
         description="Pushes from one comparison of every tensor on both sides to the next; the first push to a set of engines always has one.",
+    )
+    max_difference: PositiveFloat | None = Field(
+        0.25,
+        description="The run stops when trainer and engine, with the same weights, give tokens log-probabilities that differ by more on average, in nats; null never stops it.",
     )
 
 

@@ -26,6 +26,10 @@ class Run(Section):
     max_failures: Count = Field(3, description="Restarts after a worker or controller death, per command, before it gives up.")
     callbacks: tuple[Str, ...] = Field((), description="Functions called on trainer events, as module:function or ./file.py:function.")
     deadline_s: PositiveFloat = Field(1800.0, description="Longest time that ranks wait for each other, in seconds.")
+    start_s: PositiveFloat = Field(
+        600.0,
+        description="Longest time to wait for the cluster to have room, for packing, for engines and for each start of the workers, in seconds.",
+    )
 
 
 class Model(Section):
@@ -190,6 +194,10 @@ class Parallel(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes GPUs when the cluster has them.")
     cpus_per_worker: PositiveInt | None = Field(
         None, description="CPUs that Ray reserves for a worker; null is 1 without a GPU and 0 with one."
+    )
+    autoscaling: Bool = Field(
+        False,
+        description="The cluster adds nodes when work waits for them: one that is too small now is waited for, run.start_s at most, instead of refused. Needs device cpu or cuda.",
     )
     replicas: PositiveInt = Field(
         1, description="Groups of workers that each hold the whole state, sharded inside the group only (HSDP); workers is a multiple."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rayft.rewards.sandbox import Limits, Program, run
+from rayft.errors import ConfigError
+from rayft.rewards.sandbox import Limits, Program, refusal, run
 
 LIMITS = Limits(cpu_s=5.0)
 # The sandbox tells only that a program failed; the policy should read why.
@@ -23,3 +24,14 @@ def python(code: str) -> str:
     (outcome,) = run([Program(WITH_TRACE.format(code=code))], LIMITS)
     said = {"done": "", "time": "error: it took too long", "output": "error: it printed too much"}
     return outcome.out + said.get(outcome.ended, "error: it used too much memory or too many processes, or exited with a code")
+
+
+def check() -> None:
+    """Refuse a machine whose kernel does not isolate programs.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if (why := refusal()) is not None:
+        remedy = "Run where the kernel allows namespaces, or leave this tool out"
+        raise ConfigError("the tool python", None, f"programs cannot be isolated here: {why}", remedy)
