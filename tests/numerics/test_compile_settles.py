@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import pytest
 
 import families
 from families import make_batch, write_model
@@ -62,6 +62,7 @@ def dropped(rank: int, world: int, folder: str, overrides: list[str]) -> tuple[l
     from rayft.train.build import build_model
     from rayft.train.step import forward_backward
 
+    torch.compile = partial(torch.compile, backend="aot_eager")  # graphs are counted here, and no code is made of them
     fields = ["method=sft", "run.name=x", f"model.path={folder}", "data.train.a.path=x", "adapter.type=lora", *overrides]
     session = Session(rank=rank, world_size=world, local_rank=rank, device="cpu", run_dir=Path("."), report=lambda *_: None, deadline_s=60)
     mesh = build_mesh("cpu", world)
@@ -80,12 +81,11 @@ def dropped(rank: int, world: int, folder: str, overrides: list[str]) -> tuple[l
     return found, int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize("fused", ["off", "on"])
-def test_layers_with_dropout_share_the_graphs_of_those_without(fused: str, tmp_path: Path) -> None:
+def test_layers_with_dropout_share_the_graphs_of_those_without(tmp_path: Path) -> None:
     """Each layer drops by its own seed, which is data of the graph; compiled and recomputed it drops what it drops otherwise."""
     with patch.dict(families.SIZES, num_hidden_layers=2):
         folder = str(write_model("qwen3", tmp_path))
-    fields, drop = [f"kernels.lora={fused}"], "adapter.dropout=0.3"
+    fields, drop = ["kernels.lora=on", "adapter.targets=[q_proj,o_proj]"], "adapter.dropout=0.3"
     on = [*fields, "parallel.compile=true", "parallel.activation_checkpointing=full"]
     kept, graphs = run_ranks(1, dropped, folder, on)[0]
     plain, none = run_ranks(1, dropped, folder, [*fields, drop])[0]

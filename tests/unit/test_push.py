@@ -324,3 +324,11 @@ def test_fused_experts_are_held_to_all_of_their_parts() -> None:
         changed = {name: value.clone() for name, value in parameters.items()}
         changed[f"m.0.mlp.experts.{middle}w2_weight"][1, 0, 0] += 1
         assert loaded_flaws(given, changed) == ([f"m.0.mlp.experts.{middle}w2_weight"], [])
+
+
+def test_what_an_engine_holds_in_more_bits_is_compared_all_the_same() -> None:
+    sent = torch.randn(5, 7).bfloat16()
+    given, held = {"gate.weight": int(bit_sum(sent))}, sent.float()
+    assert loaded_flaws(given, {"gate.weight": held}) == ([], [])
+    held[2, 3] += 1e-3
+    assert loaded_flaws(given, {"gate.weight": held}) == (["gate.weight"], [])
