@@ -84,8 +84,10 @@ def serve(bucket: str = "bucket") -> Iterator[S3]:
     moto.start()
     host, port = moto.get_host_and_port()
     connection = http.client.HTTPConnection(host, port)
-    connection.request("PUT", f"/{bucket}")
-    assert connection.getresponse().status == 200
+    for method, path in (("POST", "/moto-api/reset"), ("PUT", f"/{bucket}")):  # what it stores is the process's, not the server's
+        connection.request(method, path)
+        answer = connection.getresponse()
+        assert answer.status == 200 and answer.read() is not None
     state = S3("")
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), _proxy(state, port))
     proxy.daemon_threads = True
@@ -103,6 +105,9 @@ def serve(bucket: str = "bucket") -> Iterator[S3]:
 @contextmanager
 def reached(s3: S3, *, retry_s: float = 5.0, request_s: float = 1.0) -> Iterator[None]:
     """Let this process use the endpoint, with short waits."""
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()  # they know endpoints of before
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": s3.url}.items():
             patch.setenv(name, value)

@@ -54,8 +54,10 @@ def child(job: Job) -> int:
 
 def test_the_child_of_an_engine(online: Path) -> None:
     with Job(online, "child", *OVERRIDES, hooks=["slow_steps"]) as job:
+        wait_for_event(job, 1, "started")
+        found = child(job)
         wait_for_event(job, 2, "started")
-        job.kill(child(job))
+        job.kill(found)
         assert job.end() == 0
     assert "vLLM is gone or stuck" in job.text()
     assert_went_on(job)
@@ -64,8 +66,9 @@ def test_the_child_of_an_engine(online: Path) -> None:
 def test_a_child_that_hangs(online: Path) -> None:
     """The engine's own process answers still: it asks the child when it is asked how it is."""
     with Job(online, "hang", *OVERRIDES, "rollout.health_s=8", hooks=["slow_steps"]) as job:
-        wait_for_event(job, 2, "started")
+        wait_for_event(job, 1, "started")
         pid = child(job)
+        wait_for_event(job, 2, "started")
         os.kill(pid, signal.SIGSTOP)
         wait(lambda: pid not in job.processes(), 8 + 2 * DIE_S, "the end of the child that hangs")
         assert job.end() == 0
@@ -76,9 +79,10 @@ def test_a_child_that_hangs(online: Path) -> None:
 def test_an_engine_takes_its_child_along(online: Path) -> None:
     """An orphan would keep its memory, on a GPU the card's."""
     with Job(online, "parent", *OVERRIDES, hooks=["slow_steps"]) as job:
+        wait_for_event(job, 1, "started")
+        orphan, engine = child(job), job.actor("EngineActor")
         wait_for_event(job, 2, "started")
-        orphan = child(job)
-        job.kill(job.actor("EngineActor"))
+        job.kill(engine)
         wait(lambda: orphan not in job.processes(), DIE_S, "the death of the engine's child")
         assert job.end() == 0
     assert_went_on(job)
