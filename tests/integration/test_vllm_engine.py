@@ -32,19 +32,24 @@ EXACT = 2e-5
 PROMPT = Prompt("0-1", 1, tuple(range(20, 60)), {})
 
 
+def write(kind: Any, config: Any, folder: Path, seed: int) -> Path:
+    """A random model of that class, its norms moved off their initial values."""
+    torch.manual_seed(seed)
+    model = kind(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    return folder
+
+
 def write_model(folder: Path, seed: int, tied: bool) -> Path:
     """A random Llama that vLLM's CPU attention can run (heads of 32), with an odd vocabulary, which vLLM pads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = LlamaConfig(vocab_size=1021, max_position_embeddings=1024, tie_word_embeddings=tied, dtype="float32", **sizes)
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape))
-    model.save_pretrained(folder)
-    return folder
+    return write(LlamaForCausalLM, config, folder, seed)
 
 
 def write_sparse_model(folder: Path, seed: int) -> Path:
@@ -54,13 +59,7 @@ def write_sparse_model(folder: Path, seed: int) -> Path:
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
     config = Qwen3MoeConfig(vocab_size=1021, max_position_embeddings=1024, dtype="float32", **sizes, **experts)
-    torch.manual_seed(seed)
-    model = Qwen3MoeForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape))
-    model.save_pretrained(folder)
-    return folder
+    return write(Qwen3MoeForCausalLM, config, folder, seed)
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
